@@ -1,0 +1,37 @@
+"""The embedded queue, `waker.SqliteQueue`. It runs its own jobs; there is nothing to set and nothing to wait for."""
+
+import threading
+from typing import Any
+
+from . import Backlog, Pulse
+
+__all__ = ["Drain"]
+
+
+class Drain:
+    """Runs the jobs of one SqliteQueue in this process, with the queue's own concurrency."""
+
+    def __init__(self, target: Any, pulse: Pulse) -> None:
+        self._queue = target
+        self._pulse = pulse
+        self._before = 0
+        pulse.slots = target.concurrency
+        self.broker_errors: tuple[type[BaseException], ...] = (target.Error,)
+
+    def backlog(self) -> Backlog:
+        reading: Backlog = self._queue.backlog()
+        return reading
+
+    def work(self, stop: threading.Event) -> int:
+        self._before = self._pulse.done
+        try:
+            self._queue.work(stop, self._progress)
+        finally:
+            self._pulse.running = 0
+            self._queue.release()
+        return 0
+
+    def _progress(self, running: int, done: int) -> None:
+        self._pulse.running = running
+        self._pulse.done = self._before + done
+        self._pulse.failed = self._queue.failed

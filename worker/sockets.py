@@ -1,0 +1,58 @@
+"""The two sockets of a machine, and the stop signals: what has to be there before anything heavy is imported."""
+
+import os
+import signal
+import socket
+
+__all__ = ["Signals", "bind", "bind_doorway"]
+
+BACKLOG = 1024
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+
+
+class Signals:
+    """Notes signals from the first millisecond on; supervisor takes them from here when it is ready.
+
+    Fly's pages disagree on the default stop signal (SIGINT or SIGTERM), and a parent may have left SIGINT ignored: every
+    stop signal is caught.
+    """
+
+    def __init__(self) -> None:
+        self.noted: list[int] = []
+
+    def catch(self) -> None:
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self.receive)
+
+    def receive(self, signum: int, _frame: object) -> None:
+        if signum not in self.noted:
+            self.noted.append(signum)
+
+    def get_signal(self) -> int | None:
+        return self.noted.pop(0) if self.noted else None
+
+
+def bind(port: int) -> socket.socket:
+    """Bind and listen on *port*, IPv4 and IPv6 in one socket where the host has IPv6. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    return socket.create_server(("", port), backlog=BACKLOG)
+
+
+def bind_doorway(path: str) -> socket.socket:
+    """Bind the unix socket between listener and drainer, in a folder that only we can enter. Raises OSError."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    doorway = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        doorway.bind(path)
+        os.chmod(path, 0o600)
+        doorway.listen(8)
+    except OSError:
+        doorway.close()
+        raise
+    return doorway
