@@ -2,12 +2,13 @@
 
 WakeError               everything this package raises on purpose
 ├── UsageError          the caller's: a bad argument, address or configuration; nothing was sent
+│   └── LoadError       `module:name` leads nowhere: not found, or its module raised while it was imported
 ├── NotWoken            nobody promised anything before the deadline; says what was tried and what was seen
-├── Unauthorized        the worker knows the wake, but not its token
+│   └── Unauthorized    the worker knows the wake, but not its token
 └── QueueError          the embedded queue's file cannot be used: locked, read-only, full, or not a database
 """
 
-__all__ = ["NotWoken", "QueueError", "Unauthorized", "UsageError", "WakeError"]
+__all__ = ["LoadError", "NotWoken", "QueueError", "Unauthorized", "UsageError", "WakeError"]
 
 
 class WakeError(Exception):
@@ -22,7 +23,11 @@ class UsageError(WakeError):
     exit_code = 2
 
 
-class NotWoken(WakeError):
+class LoadError(UsageError):
+    """`module:name` could not be loaded; the message says which half failed, and where."""
+
+
+class NotWoken(WakeError):  # noqa: N818 - what happened, in the words of the promise
     """No machine gave a receipt before the deadline."""
 
 
