@@ -104,7 +104,7 @@ class Nudger:
             raise ValueError(f"machines={machines!r}: expected a number above 0")
         if self._wake is None:
             return
-        _register_exit()
+        _finalize()
         with self._changed:
             self._owed = max(self._owed, machines)
             started = self._alive() or self._start()
@@ -209,36 +209,37 @@ class Nudger:
 
 # Every nudger of this process, for the fork and for the end.
 _living: weakref.WeakSet[Nudger] = weakref.WeakSet()
-_registered = False  # the end of this process flushes; set under any nudger's lock, where twice does no harm
 _ending = False  # from the flush at the end on, threads are no longer started: they would not live to pay
-
-
-def _register_exit() -> None:
-    global _registered
-    if _registered:
-        return
-    _registered = True
-    atexit.register(_at_exit)
-    # A child of multiprocessing ends without atexit; its finalizers are cleared at its start, so once per process.
-    util = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        util.Finalize(None, _at_exit, exitpriority=0)
+_finalizing = False  # the end of this process, a child of multiprocessing, flushes
 
 
 def _at_exit() -> None:
     global _ending
     _ending = True
-    now = time.monotonic()
+    deadline = time.monotonic() + FLUSH_AT_EXIT_S
     for nudger in list(_living):
-        nudger._end(now + FLUSH_AT_EXIT_S)
+        nudger._end(deadline)
+
+
+def _finalize() -> None:
+    """See to it that a child of multiprocessing flushes: it ends without atexit, and forgets finalizers at its start."""
+    global _finalizing
+    process = sys.modules.get("multiprocessing.process")
+    if _finalizing or process is None or process.parent_process() is None:
+        return
+    from multiprocessing.util import Finalize
+
+    _finalizing = True
+    Finalize(None, _at_exit, exitpriority=0)
 
 
 def _forget_in_child() -> None:
-    global _registered
-    _registered = False
-    atexit.unregister(_at_exit)
+    global _ending, _finalizing
+    _ending = _finalizing = False
     for nudger in list(_living):
         nudger._forget_in_child()
 
 
+# At the import, not with the first debt: what is registered while the process ends is not called.
+atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_forget_in_child)

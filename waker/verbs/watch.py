@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 class _Signalled:
-    """A stop that signals set. An Event would do, but for its lock: a handler must not wait for the code it interrupts."""
+    """A stop that signals set. An Event has a lock, and a handler must not wait for the code it interrupts."""
 
     def __init__(self, *numbers: signal.Signals) -> None:
         self._reading, writing = os.pipe()
