@@ -1,0 +1,35 @@
+"""The platform on this machine: proxy, machines, faults, one clock and one log.
+
+It follows the platform facts; where those mark a conflict or an unknown, a knob chooses, and the default is the less kind
+reading. If it disagrees with the platform, the platform is right.
+"""
+
+from .clock import NobodyWillWakeUsError, VirtualLoop, run_virtual
+from .events import Event, EventLog, Run
+from .faults import FAULTS, Fault, Faults
+from .knobs import Knobs
+from .local import LocalPlatform
+from .machine import RefusedError
+from .message import Reply
+from .platform import MachineInfo, Platform
+from .virtual import CallableMachine, IncomingRequest
+
+__all__ = [
+    "FAULTS",
+    "CallableMachine",
+    "Event",
+    "EventLog",
+    "Fault",
+    "Faults",
+    "IncomingRequest",
+    "Knobs",
+    "LocalPlatform",
+    "MachineInfo",
+    "NobodyWillWakeUsError",
+    "Platform",
+    "RefusedError",
+    "Reply",
+    "Run",
+    "VirtualLoop",
+    "run_virtual",
+]

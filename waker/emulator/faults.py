@@ -1,0 +1,99 @@
+"""What the platform may do wrong, each by a name, each with its own seeded dice.
+
+A fault strikes with a probability at each occasion, at most a number of times: `0.3`, or `1x2` for the first two
+occasions. One fault's draws never change another's, so switching one on leaves the rest of a seed's story alone.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+__all__ = ["FAULTS", "Dice", "Fault", "Faults"]
+
+# name → what happens when it strikes. Sections in brackets are those of the platform facts.
+FAULTS: Mapping[str, str] = {
+    "start_refused_after_exit": "a start is refused with 412 though the machine has settled [1.6]",
+    "start_rate_limited": "a start is refused with PM01, rate limit exceeded [1.6, 6.8]",
+    "start_lease_held": "a start is refused with PM01, somebody holds the machine's lease [1.6, 6.5]",
+    "start_fails": "an accepted start comes to nothing: the VM does not boot [1.7: PM10]",
+    "slow_start": "a boot takes the knob slow_start_s longer [1.7: PM03]",
+    "start_too_many": "one machine more is started although a running one is idle [1.3]",
+    "late_gossip": "the proxy learns of an exit the knob late_gossip_s later, and sends wakes there until then [1.3, 1.6]",
+    "drop_connect": "a connect to a machine fails [1.5]",
+    "reset_before_answer": "the machine got the request, and its answer is lost: the caller sees 502 [1.7: PC03]",
+    "reset_mid_answer": "the caller's connection is reset in the middle of the answer",
+    "slow_answer": "an answer takes the knob slow_answer_s longer",
+    "delivered_twice": "the machine gets the request twice; the caller gets the first answer",
+    "kill_machine": "the host kills the VM a moment after a start (the knob kill_machine_s): exit code 137",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Strike with *probability* at each occasion, at most *times* times (None: no limit)."""
+
+    probability: float
+    times: int | None = None
+
+    @classmethod
+    def parsed(cls, text: "str | float | Fault") -> "Fault":
+        """From `0.3` or `1x2`; ValueError for anything else."""
+        if isinstance(text, Fault):
+            return text
+        probability, _, times = str(text).partition("x")
+        fault = cls(float(probability), int(times) if times else None)
+        if not 0 <= fault.probability <= 1 or (fault.times or 0) < 0:
+            raise ValueError(text)
+        return fault
+
+
+class Faults:
+    """The faults that are switched on: `Faults(drop_connect=0.2, reset_mid_answer="1x2")`. None is by default."""
+
+    __slots__ = ("_on",)
+
+    def __init__(self, **faults: "str | float | Fault") -> None:
+        errors: list[str] = []
+        self._on: dict[str, Fault] = {}
+        for name, text in faults.items():
+            if name not in FAULTS:
+                errors.append(f"no fault is called {name!r}; there are {', '.join(FAULTS)}")
+                continue
+            try:
+                self._on[name] = Fault.parsed(text)
+            except ValueError:
+                errors.append(f"{name}={text!r}: expected a probability like 0.3, or 1x2 for the first two occasions")
+        if errors:
+            raise ValueError("; ".join(errors))
+
+    def __iter__(self) -> Iterator[tuple[str, Fault]]:
+        return iter(self._on.items())
+
+    def __repr__(self) -> str:
+        return f"Faults({', '.join(f'{name}={fault}' for name, fault in self)})"
+
+
+class Dice:
+    """Decides, from a seed, whether a fault strikes now."""
+
+    def __init__(self, faults: Faults, seed: int) -> None:
+        self._seed = seed
+        self._faults = dict(faults)
+        self._dice: dict[str, random.Random] = {}
+        self._struck: dict[str, int] = {}
+
+    def set(self, faults: Faults) -> None:
+        """Switch to other *faults*, from now on; a count starts anew."""
+        self._faults = dict(faults)
+        self._struck = {}
+
+    def strikes(self, name: str) -> bool:
+        """Whether the fault *name* strikes at this occasion."""
+        fault = self._faults.get(name)
+        if fault is None or (fault.times is not None and self._struck.get(name, 0) >= fault.times):
+            return False
+        dice = self._dice.setdefault(name, random.Random(f"{self._seed}:{name}"))
+        if dice.random() >= fault.probability:
+            return False
+        self._struck[name] = self._struck.get(name, 0) + 1
+        return True

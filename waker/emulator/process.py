@@ -1,0 +1,184 @@
+"""Machines whose VM is a tree of real processes on this host."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from .guest import Boot
+from .wire import HttpConnection
+
+__all__ = ["PortClaim", "ProcessGuest", "ProcessRunner"]
+
+INIT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "init.py")
+LOOPBACK = "127.0.0.1"
+# Below the range that the kernel gives to connections and to port 0, so that nobody gets a stopped machine's port.
+PORTS = range(20_000, 32_000)
+MAX_LINE = 8_192
+
+
+class PortClaim:
+    """A port that is this machine's as long as the platform lives, bound or not.
+
+    The claim is an abstract unix socket of that name: the kernel gives it up with the process, whatever ends it. Every
+    emulator on the host asks for it, and nobody else uses the range by chance.
+    """
+
+    def __init__(self, first: int) -> None:
+        """Claim the first free port, counting from *first* and around."""
+        for offset in range(len(PORTS)):
+            port = PORTS[(first + offset) % len(PORTS)]
+            claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                claim.bind(f"\0wake-on-request/emulator/port/{port}")
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("0.0.0.0", port))
+            except OSError:
+                claim.close()
+                continue
+            self.port = port
+            self._claim = claim
+            return
+        raise OSError(f"no port is free between {PORTS.start} and {PORTS.stop - 1}")
+
+    def release(self) -> None:
+        """Give the port back."""
+        self._claim.close()
+
+
+class ProcessRunner:
+    """Starts the machine's commands under an init of their own (init.py)."""
+
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        *,
+        on_failure: str,
+        cwd: str | None,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self._commands = [[os.fspath(word) for word in command] for command in commands]
+        self._on_failure = on_failure
+        self._cwd = cwd
+        self._log = log
+
+    async def boot(self, boot: Boot) -> "ProcessGuest":
+        """Wipe the private temporary directory, then start."""
+        shutil.rmtree(boot.env["TMPDIR"], ignore_errors=True)
+        os.makedirs(boot.env["TMPDIR"], mode=0o700)
+        guest = ProcessGuest(boot.machine, boot.port, self._log)
+        await guest.start(self._commands, self._on_failure, dict(boot.env), self._cwd)
+        return guest
+
+
+class ProcessGuest:
+    """One run of a machine: its init, and whatever that starts."""
+
+    def __init__(self, machine: str, port: int, log: Callable[[str, str], None]) -> None:
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.process_exited: Callable[[int, int], None] = lambda index, code: None
+        self._machine = machine
+        self._port = port
+        self._log = log
+        self._pids: dict[int, int] = {}
+        self._spawned = asyncio.Event()
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """The main processes', in the order of the commands."""
+        return tuple(self._pids[index] for index in sorted(self._pids))
+
+    async def start(self, commands: list[list[str]], on_failure: str, env: dict[str, str], cwd: str | None) -> None:
+        """Start the init; return when it has started the commands."""
+        ours, theirs = socket.socketpair()
+        arguments = [word for command in commands for word in (str(len(command)), *command)]
+        try:
+            self._init = subprocess.Popen(  # noqa: ASYNC220 - a few milliseconds; asyncio's own would need a watcher thread
+                [sys.executable, "-I", "-S", INIT, str(theirs.fileno()), on_failure, *arguments],
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._control, self._orders = await asyncio.open_connection(sock=ours)
+        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._copy_output())]
+        await self._spawned.wait()
+
+    async def connect(self) -> HttpConnection:
+        """Connect to the machine's port."""
+        return await HttpConnection.open(LOOPBACK, self._port)
+
+    def signal(self, number: int) -> None:
+        """Send it to the main processes alone, not to their groups (platform.md 7)."""
+        self._order(f"signal {number}\n")
+
+    def kill(self) -> None:
+        """The init kills everything that was ever started in this machine, then ends."""
+        self._order("kill\n")
+
+    def _order(self, line: str) -> None:
+        if not self._orders.is_closing():
+            self._orders.write(line.encode())
+
+    async def _follow(self) -> None:
+        """Read what the init tells until it has ended."""
+        code = 128 + signal.SIGKILL  # if somebody killed the init itself
+        with suppress(ConnectionError):
+            while line := await self._control.readline():
+                word, *numbers = line.decode().split()
+                if word == "spawned":
+                    self._pids[int(numbers[0])] = int(numbers[1])
+                    self._spawned.set()
+                elif word == "exited":
+                    self.process_exited(int(numbers[0]), int(numbers[1]))
+                elif word == "ended":
+                    code = int(numbers[0])
+        self._orders.close()
+        # The control socket closes a moment before the process is gone: this returns at once.
+        if self._init.wait() != 0:
+            _kill_session(self._init.pid)
+        self._spawned.set()
+        await self._tasks[1]
+        self.exited.set_result(code)
+
+    async def _copy_output(self) -> None:
+        """Pass on what the machine prints, line by line, a long line in pieces."""
+        reader = asyncio.StreamReader(limit=MAX_LINE)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._init.stdout)
+        rest = b""
+        try:
+            while chunk := await reader.read(MAX_LINE):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if len(rest) >= MAX_LINE:
+                    lines.append(rest)
+                    rest = b""
+                for line in lines:
+                    self._log(self._machine, line.decode(errors="replace"))
+            if rest:
+                self._log(self._machine, rest.decode(errors="replace"))
+        finally:
+            transport.close()
+
+
+def _kill_session(session: int) -> None:
+    """Kill what is left of a session whose leader, the init, was killed by somebody."""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with suppress(OSError):
+                if os.getsid(int(name)) == session:
+                    os.kill(int(name), signal.SIGKILL)
