@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 
-from .errors import Unauthorized
+from .errors import NotWoken, Unauthorized, WakeError
 
 __all__ = ["FLUSH_AT_EXIT_S", "NUDGE_INTERVAL_S", "NUDGE_TIMEOUT_S", "Nudger"]
 
@@ -68,9 +68,7 @@ class Nudger:
             self._owe(machines)
         except Exception as error:
             # An enqueue must not fail because its nudge did.
-            log.error(  # noqa: TRY400 - an event, not a traceback
-                "nudge.failed target=%s error=%r", self._name, error
-            )
+            log.error("nudge.failed target=%s error=%r", self._name, error)  # noqa: TRY400 - an event
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until nothing is owed, *timeout_s* at most; whether that came true."""
@@ -92,7 +90,8 @@ class Nudger:
         """Flush, then drop what is still owed, with a word in the log."""
         if not self.flush(timeout_s):
             with self._changed:
-                dropped, self._owed = max(self._owed, self._paying), 0
+                dropped = max(self._owed, self._paying)
+                self._owed = self._paying = 0
                 self._changed.notify_all()
             log.error("nudge.dropped target=%s machines=%d: nobody answered in time", self._name, dropped)
 
@@ -136,27 +135,30 @@ class Nudger:
                     self._changed.notify_all()
                     return
                 machines = self._begin()
-                timeout_s = NUDGE_TIMEOUT_S
-            self._settle(machines, self._attempt(machines, timeout_s))
+            self._settle(self._attempt(machines, NUDGE_TIMEOUT_S))
 
     def _pay_here(self, deadline: float) -> None:
         """Wake in the caller, where no thread can start; what fails stays owed, and is not tried again here."""
-        while True:
+        with self._changed:
+            if self._alive():
+                return  # somebody else is paying, and takes what is owed now after it
+            self._payer = threading.current_thread()
+        error = None
+        while error is None:
             with self._changed:
-                if not self._owed or self._paying:
-                    return  # another thread is paying, and takes what is owed after it
+                if not self._owed:
+                    break
                 machines = self._begin()
             error = self._attempt(machines, max(0.0, deadline - self._now()))
-            self._settle(machines, error)
-            if error is not None:
-                return
+            self._settle(error)
+        with self._changed:
+            self._payer = None
 
     def _begin(self) -> int:
         """Take over the debt; whatever is nudged from now on is another one. Under the lock."""
-        machines, self._owed = self._owed, 0
-        self._paying = machines
+        self._paying, self._owed = self._owed, 0
         self._began_at = self._now()
-        return machines
+        return self._paying
 
     def _attempt(self, machines: int, timeout_s: float) -> BaseException | None:
         assert self._wake is not None  # noqa: S101 - nothing is owed without
@@ -166,9 +168,9 @@ class Nudger:
             return error  # whatever it was, the debt stays
         return None
 
-    def _settle(self, machines: int, error: BaseException | None) -> None:
+    def _settle(self, error: BaseException | None) -> None:
         with self._changed:
-            self._paying = 0
+            machines, self._paying = self._paying, 0
             if error is None:
                 self._failures = 0
             else:
@@ -177,20 +179,14 @@ class Nudger:
                 self._due_at = self._now() + RETRY_S + random.random() * (ceiling_s - RETRY_S)
                 self._failures += 1
             self._changed.notify_all()
-        # Outside the lock: a log handler may nudge.
         if error is not None:
-            level = (
-                logging.ERROR
-                if isinstance(error, Unauthorized) or not isinstance(error, Exception)
-                else logging.WARNING
-            )
+            # Outside the lock: a log handler may nudge. What no retry will mend by itself is an error.
+            mends = isinstance(error, NotWoken) and not isinstance(error, Unauthorized)
+            text = error if isinstance(error, WakeError) else repr(error)
             log.log(
-                level,
+                logging.WARNING if mends else logging.ERROR,
                 "nudge.owed target=%s machines=%d failures=%d error=%s",
-                self._name,
-                machines,
-                self._failures,
-                error,
+                *(self._name, machines, self._failures, text),
             )
 
     def _forget_in_child(self) -> None:
@@ -200,10 +196,9 @@ class Nudger:
         self._payer = None
         self._began_at = self._due_at = float("-inf")
 
-    def _end(self, deadline: float) -> None:
-        """The process ends: the last chance to pay."""
-        left_s = min(deadline - self._now(), self._flush_at_exit_s)
-        if (self._owed or self._paying) and not self.flush(max(0.0, left_s)):
+    def _end(self, began: float) -> None:
+        """The process ends: the last chance to pay. All nudgers' time counts from the same moment, *began*."""
+        if (self._owed or self._paying) and not self.flush(max(0.0, began + self._flush_at_exit_s - self._now())):
             log.error("nudge.lost target=%s machines=%d: the process ends", self._name, max(self._owed, self._paying))
 
 
@@ -216,13 +211,13 @@ _finalizing = False  # the end of this process, a child of multiprocessing, flus
 def _at_exit() -> None:
     global _ending
     _ending = True
-    deadline = time.monotonic() + FLUSH_AT_EXIT_S
+    began = time.monotonic()
     for nudger in list(_living):
-        nudger._end(deadline)
+        nudger._end(began)
 
 
 def _finalize() -> None:
-    """See to it that a child of multiprocessing flushes: it ends without atexit, and forgets finalizers at its start."""
+    """See to it that a child of multiprocessing flushes: it ends without atexit, and begins without finalizers."""
     global _finalizing
     process = sys.modules.get("multiprocessing.process")
     if _finalizing or process is None or process.parent_process() is None:

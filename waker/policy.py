@@ -64,10 +64,9 @@ class Spread:
         self.machines = machines
         self._busy_counts = busy_counts
         self._counts: dict[str, bool] = {}  # machine id → whether it counts; once it did, it does
-        self._up = 0  # machines that answered in the last round: what is not among them may be gone
+        self._up: set[str] = set()  # machines that answered in the last round: others may be gone
         self._capacity = 1  # wakes that one machine was seen to take at once
-        self._fresh = False  # a machine was met for the first time in this round
-        self._barren = 0
+        self._barren = Counter[bool]()  # rounds without a new machine, by whether some wakes failed
         self._rounds = 0
 
     @property
@@ -84,7 +83,6 @@ class Spread:
         """Count one answer as it arrives; the round may be ended early once nothing is missing."""
         receipt = answer.receipt
         if receipt is not None:
-            self._fresh |= receipt.machine not in self._counts
             counts = self._busy_counts or answer.cold or not receipt.busy
             self._counts[receipt.machine] = counts or self._counts.get(receipt.machine, False)
 
@@ -98,7 +96,6 @@ class Spread:
         *chance* (0 to 1) is the jitter of the pause that follows a round in which some wakes failed.
         """
         answers = tuple(answers)
-        fresh, self._fresh = self._fresh, False
         self._rounds += 1
         if not self.missing:
             return Done(complete=True)
@@ -107,16 +104,22 @@ class Spread:
             # Nobody answered: when to ask again is Pressure's affair, and the number stays what it was.
             return self._send()
         taken = Counter(answer.receipt.machine for answer in answers if answer.receipt is not None)
-        self._up = len(taken)
+        # One that was gone and came back was started as well as any other.
+        fresh = not self._up.issuperset(taken)
+        self._up = set(taken)
         self._capacity = max(self._capacity, *taken.values())
-        self._barren = 0 if fresh else self._barren + 1
-        if self._barren >= (BARREN_ROUNDS_WITH_FAILURES if failed else BARREN_ROUNDS) or self._rounds >= MAX_ROUNDS:
+        if fresh:
+            self._barren.clear()
+        else:
+            self._barren[bool(failed)] += 1
+        complete = self._barren[False] >= BARREN_ROUNDS or self._barren[True] >= BARREN_ROUNDS_WITH_FAILURES
+        if complete or self._rounds >= MAX_ROUNDS:
             return Done(complete=False)
         return self._send(pause_s=max(PROBE_GAP_S * (1 + chance), _retry_after_s(failed)) if failed else 0.0)
 
     def _send(self, *, pause_s: float = 0.0) -> Send:
         # Every machine that is up is filled, and so is every new one but the last, which needs just one wake.
-        count = self._capacity * (self._up + self.missing - 1) + 1
+        count = self._capacity * (len(self._up) + self.missing - 1) + 1
         return Send(count, held=self.machines > 1 or self.known > 0, pause_s=pause_s)
 
 
