@@ -65,8 +65,13 @@ class Shift:
 
     def release(self) -> int:
         """Put back what is held here; what still runs is fenced off."""
-        owner, self._owner = self._owner, None
-        return 0 if owner is None else self._store.resign(owner)
+        owner = self._owner
+        if owner is None:
+            return 0
+        put_back = self._store.resign(owner)
+        if self._owner == owner:
+            self._owner = None
+        return put_back
 
     def run(self) -> int:
         """Run jobs as `SqliteQueue.work` says."""
@@ -173,13 +178,8 @@ class Shift:
                 if ended is None or time.monotonic() > deadline or self._stop.wait(SETTLE_PAUSE_S):
                     raise
         if ended is not None and not settled:
-            _log(
-                "warning",
-                "job.fenced",
-                id=ended.claim.id,
-                task=ended.claim.task,
-                why="'it was put back, or taken back'",
-            )
+            why = repr("it was put back, or taken back")
+            _log("warning", "job.fenced", id=ended.claim.id, task=ended.claim.task, why=why)
         self._count((claim is not None) - (ended is not None), ended is not None)
         if claim is None and claiming and enlist and owner is not None and self._owner is None:
             return self._turn(None, enlist=True, suspects=suspects)
