@@ -150,7 +150,7 @@ def test_refused_starts_at_random_still_come_out_right(reading: str) -> None:
         proxy = Proxy(reading, idle=idle, busy=busy, stopped=wanted)
         spread = Spread(wanted)
         action: Send | Done = spread.first()
-        failures = 6
+        failures = BARREN_ROUNDS_WITH_FAILURES - 1
         while isinstance(action, Send):
             answers = proxy.round(action)
             lost = [name for name in proxy.started if failures > 0 and rng.random() < 0.3]
