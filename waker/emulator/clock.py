@@ -1,7 +1,7 @@
 """A clock that only moves when everybody waits: an event loop whose time is the next timer's.
 
-An hour of back-off takes as long as its callbacks. No sockets, processes or threads: what waits for those would wait for
-ever, and that is an error here, not a hang.
+An hour of back-off takes as long as its callbacks. No sockets, processes or threads: what waits for those would wait
+for ever, and that is an error here, not a hang.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop on a virtual clock. With *shuffle*, what is ready at one moment runs in the seed's order."""
 
     def __init__(self, seed: int = 0, *, shuffle: bool = False) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._now = 0.0
         self._rng = random.Random(seed)
         self._shuffle = shuffle

@@ -61,7 +61,7 @@ class Run:
     requested_stop: bool = False
 
     def billed_s(self, now: float) -> float:
-        """Seconds in the state `started` (platform.md 9), up to *now* if it still runs."""
+        """Seconds in the state `started`, which are billed, up to *now* if it still runs."""
         if self.started_at is None:
             return 0.0
         return (now if self.stopped_at is None else self.stopped_at) - self.started_at

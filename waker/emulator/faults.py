@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 __all__ = ["FAULTS", "Dice", "Fault", "Faults"]
 
-# name → what happens when it strikes. Sections in brackets are those of the platform facts.
+# name → what happens when it strikes.
 FAULTS: Mapping[str, str] = {
-    "start_refused_after_exit": "a start is refused with 412 though the machine has settled [1.6]",
-    "start_rate_limited": "a start is refused with PM01, rate limit exceeded [1.6, 6.8]",
-    "start_lease_held": "a start is refused with PM01, somebody holds the machine's lease [1.6, 6.5]",
-    "start_fails": "an accepted start comes to nothing: the VM does not boot [1.7: PM10]",
-    "slow_start": "a boot takes the knob slow_start_s longer [1.7: PM03]",
-    "start_too_many": "one machine more is started although a running one is idle [1.3]",
-    "late_gossip": "the proxy learns of an exit the knob late_gossip_s later, and sends wakes there until then [1.3, 1.6]",
-    "drop_connect": "a connect to a machine fails [1.5]",
-    "reset_before_answer": "the machine got the request, and its answer is lost: the caller sees 502 [1.7: PC03]",
+    "start_refused_after_exit": "a start is refused with 412 though the machine has settled, PM07",
+    "start_rate_limited": "a start is refused: rate limit exceeded, PM01",
+    "start_lease_held": "a start is refused because somebody holds the machine's lease, PM01",
+    "start_fails": "an accepted start comes to nothing: the VM does not boot, PM10",
+    "slow_start": "a boot takes the knob slow_start_s longer, PM03",
+    "start_too_many": "one machine more is started although a running one is idle",
+    "late_gossip": "the proxy learns of an exit the knob late_gossip_s later; wakes go there until then",
+    "drop_connect": "a connect to a machine fails",
+    "reset_before_answer": "the machine got the request, and its answer is lost: the caller sees 502, PC03",
     "reset_mid_answer": "the caller's connection is reset in the middle of the answer",
     "slow_answer": "an answer takes the knob slow_answer_s longer",
     "delivered_twice": "the machine gets the request twice; the caller gets the first answer",

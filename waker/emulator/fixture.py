@@ -1,6 +1,6 @@
 """pytest plugin: the fixture `fly_platform`, the platform on this machine for a test of yours.
 
-Installed as `_wake_on_request_pytest`, a name that nobody else has. It imports the emulator only when the fixture is used.
+Installed as `_wake_on_request_pytest`, a name that nobody else has. It imports the emulator when the fixture is used.
 """
 
 import importlib
@@ -23,8 +23,8 @@ ALIAS = "_wake_on_request_waker"
 def fly_platform() -> "Iterator[Callable[..., LocalPlatform]]":
     """Make platforms: `platform = fly_platform(["worker", "up", "app.tasks:queue"], machines=3)`.
 
-    Arguments are those of `waker.emulator.Platform`. The machines inherit this process's environment unless *env* is given;
-    everything is killed when the test ends.
+    Arguments are those of `waker.emulator.Platform`. The machines inherit this process's environment unless *env* is
+    given; everything is killed when the test ends.
     """
     platforms: list[LocalPlatform] = []
 
@@ -42,10 +42,10 @@ def fly_platform() -> "Iterator[Callable[..., LocalPlatform]]":
 
 def _emulator() -> Any:
     """`waker.emulator`, also where `waker` is a module of the user's own."""
-    try:
+    spec = importlib.util.find_spec("waker")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    if any(os.path.exists(os.path.join(folder, "emulator", "fixture.py")) for folder in folders):
         return importlib.import_module("waker.emulator")
-    except ImportError:
-        pass
     if ALIAS not in sys.modules:
         folder = os.path.join(ROOT, "waker")
         spec = importlib.util.spec_from_file_location(

@@ -16,7 +16,7 @@ class Front:
         self._handle = handle
         self._keep = keep
         # handler_cancellation: a caller that leaves frees its place at the machine.
-        server = web.Server(self._serve, handler_cancellation=True, access_log=None)  # type: ignore[arg-type]
+        server = web.Server(self._serve, handler_cancellation=True, access_log=None)
         self._runner = web.ServerRunner(server, handle_signals=False, shutdown_timeout=0.1)
 
     async def start(self, host: str, port: int) -> int:
@@ -35,9 +35,9 @@ class Front:
             return web.Response(status=501, text=f"not emulated: {what}\n")
         answer = await self._handle(self._as_request(request))
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
-        for name, value in answer.headers:
-            response.headers.add(name, value)
         try:
+            for name, value in answer.headers:
+                response.headers.add(name, value)
             await response.prepare(request)
             async for chunk in answer.body:
                 await response.write(chunk)

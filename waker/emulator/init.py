@@ -3,7 +3,7 @@
 Run as a script of its own, with the standard library alone:  init.py CONTROL_FD ON_FAILURE N1 ARG… [N2 ARG…]
 
 It speaks lines on the control socket. Out: `spawned INDEX PID`, `exited INDEX CODE`, `ended CODE`. In: `signal NUMBER`
-(to the main processes alone, as the platform does; platform.md 7) and `kill`. When the machine ends, or the emulator
+(to the main processes alone, as the platform does) and `kill`. When the machine ends, or the emulator
 does (the control socket closes), everything that was ever started here is killed, daemons and all: this process is the
 subreaper of its descendants, so nothing escapes by forking twice or by leaving the session.
 """
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(ignored, signal.SIG_IGN)
 
     running = {}
     for index, command in enumerate(commands):
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
                 if len(commands) > 1:
                     report(control, f"exited {index} {last}")
                 if last == 0 or on_failure in ("restart-machine", "stop") or len(commands) == 1:
-                    code = last  # a machine stops when any of its processes ends without an error (platform.md 6.3.2)
+                    code = last  # a machine stops when any of its processes ends without an error
                 elif on_failure == "restart-process":
                     due.append((time.monotonic() + RESPAWN_S, index))
                 elif not running:
@@ -97,7 +97,7 @@ def spawn(command: list[str]) -> int:
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        os.execvp(command[0], command)
+        os.execvp(command[0], command)  # noqa: S606 - the user's command
     except OSError as error:
         os.write(
             2, f"cannot run {command[0]!r}: {error.strerror}; is it installed, and on the machine's PATH?\n".encode()
@@ -108,7 +108,7 @@ def spawn(command: list[str]) -> int:
 
 def reaped() -> list[tuple[int, int]]:
     """Every child that has ended by now, adopted ones too."""
-    ended = []
+    ended: list[tuple[int, int]] = []
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -120,7 +120,7 @@ def reaped() -> list[tuple[int, int]]:
 
 
 def exit_code(status: int) -> int:
-    """128 + the signal for what a signal ended (platform.md 7)."""
+    """128 + the signal for what a signal ended."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 

@@ -14,7 +14,7 @@ __all__ = ["Machine", "RefusedError", "StopConfig"]
 
 
 class RefusedError(Exception):
-    """The platform does not start this machine now. *code*: the proxy's; *status*: the Machines API's (platform.md 1.6)."""
+    """The platform does not start this machine now. *code*: the proxy's; *status*: the API's."""
 
     def __init__(self, code: str, status: int, reason: str) -> None:
         super().__init__(f"[{code}] {reason}")
@@ -117,7 +117,7 @@ class Machine:
             raise RefusedError("PM07", 412, "failed_precondition: machine still active, refusing to start")
 
     def _take_token(self) -> bool:
-        """One start out of the budget of this machine (platform.md 6.8)."""
+        """One start out of the budget of this machine."""
         now, knobs = self._world.now(), self._world.knobs
         self._tokens = min(float(knobs.start_burst), self._tokens + (now - self._tokens_at) * knobs.start_rate_per_s)
         self._tokens_at = now
@@ -189,14 +189,16 @@ class Machine:
         if world.strikes("slow_start", self.id):
             delay_s += world.scaled(knobs.slow_start_s)
         await asyncio.sleep(delay_s)
-        if self.state is State.STOPPING:
+        if self._stopping:
             return self._ended(128 + self._stop_signal)  # stopped before the program began
         if world.strikes("start_fails", self.id):
-            self._become(Step.BOOT_FAILED)
-            world.emit("machine.stopped", self.id, exit_code=None, requested=False, reason="the VM did not boot")
-            return False
-        self.guest = guest = await self._runner.boot(self._boot)
-        if self.state is State.STOPPING:
+            return self._not_booted("the VM did not boot")
+        try:
+            guest = await self._runner.boot(self._boot)
+        except OSError as error:
+            return self._not_booted(str(error))
+        self.guest = guest
+        if self._stopping:
             guest.signal(self._stop_signal)
             world.later(self._config.kill_timeout_s, self._out_of_time, guest, self._config.kill_timeout_s)
         else:
@@ -206,10 +208,21 @@ class Machine:
             world.later(world.draw(knobs.kill_machine_s), guest.kill)
         return self._ended(await guest.exited)
 
+    @property
+    def _stopping(self) -> bool:
+        return self.state is State.STOPPING
+
+    def _not_booted(self, reason: str) -> bool:
+        """Note that a start came to nothing; it is not tried again by itself (the restart policy knows exits only)."""
+        requested = self._stopping
+        self._become(Step.EXITED if requested else Step.BOOT_FAILED)
+        self._world.emit("machine.stopped", self.id, exit_code=None, requested=requested, reason=reason)
+        return False
+
     def _ended(self, code: int) -> bool:
         """Note the end of a run; whether the restart policy starts the machine again."""
         world = self._world
-        requested = self.state is State.STOPPING
+        requested = self._stopping
         self.guest = None
         self.exit_code = code
         self.stopped_at = world.now()

@@ -1,6 +1,6 @@
 """A request and an answer on their way through the proxy; nothing here knows sockets."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 __all__ = ["Answer", "Body", "Headers", "Reply", "Request", "TooLargeToReplayError", "header", "without"]
@@ -81,7 +81,7 @@ class Answer:
 
     status: int
     headers: Headers
-    body: AsyncIterator[bytes]
+    body: AsyncGenerator[bytes, None]
     reason: str | None = None
     on_close: list[Callable[[], Awaitable[None] | None]] = field(default_factory=list)
 

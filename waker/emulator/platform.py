@@ -25,7 +25,7 @@ from .message import Body, Reply, Request
 from .process import LOOPBACK, PORTS, PortClaim, ProcessRunner
 from .proxy import Proxy, Service
 from .routing import Limits
-from .states import ALIVE, MAX_RESTARTS, POLICIES, State
+from .states import ALIVE, MAX_RESTARTS, POLICIES
 from .virtual import CallableRunner, Program
 from .world import World
 
@@ -56,12 +56,12 @@ class Platform:
     """An app on the emulated platform: `async with Platform(["worker", "up", "app.tasks:queue"]) as platform`.
 
     *command*: what each machine runs, or an `async def program(machine: CallableMachine) -> int` that runs in this
-    process; *processes* instead of it: several commands in each machine, which stops when one exits without an error. All
-    machines exist from the beginning and are stopped; a request to `url` starts what the start rule says.
+    process; *processes* instead of it: several commands in each machine, which stops when one exits without an error.
+    All machines exist from the beginning and are stopped; a request to `url` starts what the start rule says.
 
-    *env* is the whole environment of the machines besides what the platform sets (platform.md 7), and PATH if absent. What
-    stands in for the platform on one host: WORKER_PORT and PORT (each machine's own), TMPDIR (private, wiped at each start)
-    and WORKER_BATON (the proxy's address).
+    *env* is the whole environment of the machines besides what the platform sets, and PATH if absent.
+    What stands in for the platform on one host: WORKER_PORT and PORT (each machine's own), TMPDIR (private, wiped at
+    each start) and WORKER_BATON (the proxy's address).
 
     *knobs* choose among readings of the platform, *faults* switch misbehaviour on, *seed* repeats both.
     """
@@ -105,6 +105,7 @@ class Platform:
             restart=restart,
             kill_signal=kill_signal,
             kill_timeout_s=kill_timeout_s,
+            cwd=cwd,
         )
         self._program: Program | None = command if callable(command) else None
         self._commands: Sequence[Command] = processes or (() if command is None or callable(command) else (command,))
@@ -169,9 +170,11 @@ class Platform:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._world.emit("platform.stopped")
+        if self._world.failures:
+            raise self._world.failures.pop()
 
     def _create_machines(self) -> None:
-        # Ids look like the platform's, start at another place for each seed, and say in their last digits which is which.
+        # Ids look like the platform's, differ between seeds, and say in their last digits which is which.
         rng = random.Random(f"machines:{self._seed}")
         family = f"{rng.randrange(16**9):09x}"
         runner: Runner
@@ -340,7 +343,7 @@ class Platform:
         return list(self._tails[machine_id])
 
     async def wait_for(self, condition: Callable[[], Any] | str, timeout_s: float = 30.0, *, since: int = 0) -> Any:
-        """Wait until *condition* is true; or, if it is an event type, until such an event has come after the first *since*.
+        """Wait until *condition* is true, or, if it is an event type, for such an event after the first *since* ones.
 
         A condition is asked again after each event. Return what it returned, or the event. Raise TimeoutError.
         """
@@ -403,6 +406,7 @@ def _check(
     restart: str,
     kill_signal: str | None,
     kill_timeout_s: float,
+    cwd: str | None,
 ) -> None:
     """Every error at once."""
     errors = []
@@ -424,6 +428,8 @@ def _check(
         errors.append(f"restart={restart!r}: expected one of {', '.join(POLICIES)}")
     if kill_signal is not None and kill_signal not in signal.Signals.__members__:
         errors.append(f"kill_signal={kill_signal!r}: expected a name like SIGINT")
+    if cwd is not None and not os.path.isdir(cwd):
+        errors.append(f"cwd={cwd!r}: there is no such folder")
     if not 0 <= kill_timeout_s <= 300:
         errors.append(f"kill_timeout_s={kill_timeout_s}: expected 0 to 300 seconds")
     if errors:

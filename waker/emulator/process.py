@@ -123,7 +123,7 @@ class ProcessGuest:
         return await HttpConnection.open(LOOPBACK, self._port)
 
     def signal(self, number: int) -> None:
-        """Send it to the main processes alone, not to their groups (platform.md 7)."""
+        """Send it to the main processes alone, not to their groups."""
         self._order(f"signal {number}\n")
 
     def kill(self) -> None:

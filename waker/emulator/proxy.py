@@ -1,22 +1,23 @@
 """The proxy: takes a request, finds or starts a machine for it, and stays with it until the answer is over.
 
-The choice is made in routing.py; what is done here can fail at every step, and each failure has the proxy's code (platform.md
-1.7) and is either `_ElsewhereError` (another machine, or the same one a little later, may take the request) or `FailedError`
-(the caller gets it). Which HTTP status a code has is undocumented: 502 where a machine answered wrongly, 503 where none could.
+The choice is made in routing.py; what is done here can fail at every step. Each failure has the proxy's code
+(Fly docs: monitoring/error-codes) and is either `_ElsewhereError` (another machine, or the same one a little later, may
+take the request) or `FailedError` (the caller gets it). Which HTTP status a code has is undocumented: 502 where a
+machine answered wrongly, 503 where none could answer.
 """
 
 import asyncio
 import itertools
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from . import replay as fly_replay
 from .guest import Connection, Guest
 from .machine import Machine, RefusedError
 from .message import Answer, Body, Headers, Request, TooLargeToReplayError, without
-from .routing import UP, Forward, Full, Limits, Nobody, Start, View, Wish, route
+from .routing import DOWN, UP, Full, Limits, Nobody, View, Wish, route
 from .states import STARTABLE, State
 from .world import World
 
@@ -110,16 +111,16 @@ class Proxy:
         def over() -> None:
             self._open -= 1
             elapsed_s = round(world.now() - began, 6)
-            fields = {} if code is None else {"code": code}
-            world.emit(
-                "request.answered", machine and machine.id, request=number, status=status, elapsed_s=elapsed_s, **fields
-            )
+            fields: dict[str, object] = {"request": number, "status": status, "elapsed_s": elapsed_s}
+            if code is not None:
+                fields["code"] = code
+            world.emit("request.answered", None if machine is None else machine.id, **fields)
 
         answer.on_close.insert(0, over)
         return answer
 
     def _as_forwarded(self, request: Request, request_id: str) -> Request:
-        """With the headers that the proxy adds (platform.md 3)."""
+        """With the headers that the proxy adds (Fly docs: networking/request-headers)."""
         headers = (
             *without(request.headers, ADDED_TO_REQUESTS),
             ("fly-client-ip", request.client),
@@ -210,7 +211,7 @@ class Proxy:
         return answer, machine
 
     def _wished(self, request: Request) -> Wish:
-        """The routing headers that a caller may send (platform.md 3)."""
+        """The routing headers that a caller may send (Fly docs: networking/dynamic-request-routing)."""
         only = request.header("fly-force-instance-id")
         force_region = request.header("fly-force-region")
         prefer_region = request.header("fly-prefer-region")
@@ -261,7 +262,7 @@ class Proxy:
                 knobs,
                 world.rng,
                 auto_start=self._service.auto_start,
-                start_another=world.strikes("start_too_many"),
+                start_another=_idle_beside_stopped(views) and world.strikes("start_too_many"),
                 turn=number,
             )
             if isinstance(choice, Full):
@@ -301,7 +302,7 @@ class Proxy:
             except BaseException:
                 self._release(machine)
                 raise
-            answer.on_close.insert(0, lambda: self._release(machine))
+            answer.on_close.insert(0, partial(self._release, machine))
             return answer, machine
         assert failure is not None  # noqa: S101 - the loop ends by a failure
         if failure.code in WORTH_WAITING or failure.code.startswith("PM"):
@@ -372,7 +373,9 @@ class Proxy:
         """The same request once more, on a connection of its own; nobody waits for its answer."""
         try:
             connection = await guest.connect()
-            answer = await connection.send(replace(request, body=Body()))
+            answer = await connection.send(
+                replace(request, headers=without(request.headers, ("content-length",)), body=Body())
+            )
             async for _ in answer.body:
                 pass
             connection.close()
@@ -389,7 +392,7 @@ class Proxy:
             guest = await self._up(machine, number, alone=alone, may_start=may_start)
             pool = self._pools.get(machine.id, ())
             while pool:
-                connection, kept_guest, until = pool.pop()  # type: ignore[union-attr]
+                connection, kept_guest, until = pool.pop()
                 if kept_guest is guest and connection.reusable and self._world.now() < until:
                     return connection, guest
                 connection.close()
@@ -428,7 +431,7 @@ class Proxy:
                 raise _ElsewhereError("PM03", "timed out waiting for the machine to start") from None
 
     async def _connect(self, machine: Machine, guest: Guest) -> Connection:
-        """Connect, again and again while nothing listens yet (platform.md 1.5)."""
+        """Connect, again and again while nothing listens yet."""
         world, knobs = self._world, self._world.knobs
         began = world.now()
         for attempt in range(knobs.connect_attempts):
@@ -448,10 +451,10 @@ class Proxy:
         raise _ElsewhereError("PM05", reason)
 
     async def _give_back(
-        self, machine: Machine, connection: Connection, guest: Guest, body: AsyncIterator[bytes]
+        self, machine: Machine, connection: Connection, guest: Guest, body: AsyncGenerator[bytes, None]
     ) -> None:
         """Keep the connection for the next request, or close it if it cannot be used again."""
-        await body.aclose()  # type: ignore[attr-defined]
+        await body.aclose()
         if self._service.concurrency != "requests" or not connection.reusable:
             connection.close()
             return
@@ -471,8 +474,13 @@ class Proxy:
                 pool.pop()[0].close()
 
 
+def _idle_beside_stopped(views: Sequence[View]) -> bool:
+    """Whether an idle machine could be overlooked and another one started."""
+    return any(view.state in UP and not view.in_flight for view in views) and any(view.state in DOWN for view in views)
+
+
 def _start_failure(refused: RefusedError) -> str:
-    """As the proxy's log words it (platform.md 1.6)."""
+    """As the proxy's log words it."""
     return f"failed to change machine state: {refused.reason}" if refused.code == "PM07" else refused.reason
 
 
@@ -482,11 +490,11 @@ def _plain(status: int, text: str) -> Answer:
     return Answer(status, headers, _chunks(body))
 
 
-async def _chunks(body: bytes) -> AsyncIterator[bytes]:
+async def _chunks(body: bytes) -> AsyncGenerator[bytes, None]:
     yield body
 
 
-async def _broken(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _broken(body: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
     """Half of the first piece, then a reset."""
     async for chunk in body:
         yield chunk[: len(chunk) // 2]

@@ -1,4 +1,7 @@
-"""fly-replay: what an answer asks the proxy to do with the request instead (platform.md 3). Values in, values out."""
+"""fly-replay: what an answer asks the proxy to do with the request instead. Values in, values out.
+
+Source: Fly docs, networking/dynamic-request-routing.
+"""
 
 import json
 import re

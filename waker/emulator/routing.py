@@ -1,7 +1,8 @@
 """Which machine gets a request: the start rule and the load balancing, values in, values out.
 
-The edge decides by what it *believes* of the machines (its view is a moment old) and by the requests it has in flight to
-each. Sources: platform.md 1.3 (start rule), 2 (load balancing), 3 (forced routing). Where they disagree, a knob decides.
+The edge decides by what it *believes* of the machines (its view is a moment old) and by the requests it has in flight
+to each. Sources, in Fly's docs: reference/fly-proxy-autostop-autostart (start rule), reference/load-balancing and
+apps/concurrency, networking/dynamic-request-routing (forced routing). Where they disagree, a knob decides.
 """
 
 import random
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from .knobs import Knobs
 from .states import State
 
-__all__ = ["Forward", "Full", "Limits", "Nobody", "Route", "Start", "View", "Wish", "route"]
+__all__ = ["DOWN", "UP", "Forward", "Full", "Limits", "Nobody", "Route", "Start", "View", "Wish", "route"]
 
 UP = frozenset({State.STARTED, State.STARTING, State.RESTARTING})
 DOWN = frozenset({State.STOPPED, State.CREATED, State.STOPPING})
@@ -19,7 +20,7 @@ DOWN = frozenset({State.STOPPED, State.CREATED, State.STOPPING})
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A service's `concurrency`: requests in flight per machine. No *hard* limit unless one is set (platform.md 2)."""
+    """A service's `concurrency`: requests in flight per machine. No *hard* limit unless one is set."""
 
     soft: int = 20
     hard: int | None = None

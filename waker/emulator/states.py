@@ -11,7 +11,8 @@
 Rule 1: a pair that is not in the table raises and changes nothing.
 Rule 2: this file knows no clock, no process and no socket.
 
-The states' names are the platform's own (platform.md 6.4). Suspending, updating and replacing are not emulated.
+The states' names are the platform's own (Fly docs: machines/machine-states). Suspending, updating and replacing are not
+emulated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,7 @@ STARTABLE = frozenset({State.CREATED, State.STOPPED})
 ALIVE = frozenset({State.STARTING, State.STARTED, State.STOPPING, State.RESTARTING})
 
 POLICIES = ("on-failure", "always", "no")
-RESTART_WINDOW_S = 300.0  # platform.md 1.4: the budget counts restarts of the last five minutes
+RESTART_WINDOW_S = 300.0  # the budget counts restarts of the last five minutes
 MAX_RESTARTS = 10
 
 
@@ -85,9 +86,9 @@ def restart_granted(
     max_retries: int = MAX_RESTARTS,
     window_s: float = RESTART_WINDOW_S,
 ) -> bool:
-    """Whether the platform starts the machine again after this exit (platform.md 1.4).
+    """Whether the platform starts the machine again after this exit (Fly docs: machine-restart-policy).
 
-    *restarts*: when it was restarted so far. `on-failure` has a budget of *max_retries* within *window_s*; `always` has none.
+    *restarts*: when it was restarted so far. `on-failure` has *max_retries* within *window_s*; `always` has no budget.
     """
     if requested_stop or policy == "no":
         return False

@@ -3,11 +3,11 @@
 import asyncio
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from .guest import Boot
-from .message import Answer, Headers, Request
+from .message import Answer, Request
 
 __all__ = ["CallableMachine", "CallableRunner", "IncomingRequest"]
 
@@ -39,7 +39,7 @@ class IncomingRequest:
         return True
 
 
-async def _once(body: bytes) -> AsyncIterator[bytes]:
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
     if body:
         yield body
 
@@ -77,7 +77,7 @@ class CallableMachine:
         return len(self._waiting)
 
     def on_signal(self, handler: Callable[[int], None]) -> None:
-        """Call *handler* with a stop signal's number. Without a handler a signal ends the program, as it does a process."""
+        """Call *handler* with a signal's number. Without a handler a signal ends the program, as it does a process."""
         self._handler = handler
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
@@ -122,7 +122,10 @@ class CallableGuest:
         return ()
 
     async def _run(self, program: Program) -> int:
-        code = await program(self._machine)
+        try:
+            code = await program(self._machine)
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         return 0 if code is None else code
 
     def _over(self, task: "asyncio.Task[int]") -> None:
@@ -135,8 +138,6 @@ class CallableGuest:
             code = 128 + self._signalled
         elif (error := task.exception()) is None:
             code = task.result()
-        elif isinstance(error, asyncio.CancelledError):
-            code = 128 + self._signalled
         else:
             self._machine.print(f"{type(error).__name__}: {error}")
             code = CRASHED

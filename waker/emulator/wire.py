@@ -1,7 +1,7 @@
 """HTTP/1.1 from the proxy to a machine: one connection, one request at a time."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import h11
 
@@ -75,7 +75,7 @@ class HttpConnection:
             self._writer.close()
             raise
 
-    async def _receive(self, upload: "asyncio.Task[None]") -> AsyncIterator[bytes]:
+    async def _receive(self, upload: "asyncio.Task[None]") -> AsyncGenerator[bytes, None]:
         try:
             while not isinstance(event := await self._event(), h11.EndOfMessage):
                 if not isinstance(event, h11.Data):

@@ -37,6 +37,7 @@ class World:
         self._log = log
         self._tasks: set[asyncio.Task[Any]] = set()
         self._timers: set[asyncio.TimerHandle] = set()
+        self.failures: list[BaseException] = []  # mistakes of the emulator; the platform raises them when it closes
         self.knobs = knobs
         self.dice = Dice(faults, seed)
         self.rng = random.Random(seed)
@@ -70,8 +71,13 @@ class World:
         """Run *work* beside; it ends with the platform."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failures.append(error)
 
     def later(self, delay_s: float, call: Callable[..., None], *args: Any) -> asyncio.TimerHandle:
         """Call *call* after *delay_s*, unless the platform has ended by then."""

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if args.list_knobs:
         for knob in Knobs():
             choices = f" ({' | '.join(knob.choices)})" if knob.choices else ""
-            print(f"{knob.name}={shown(knob.value)}{choices}\n    {knob.doc}")
+            print(f"{knob.name}={shown(knob.value)}{choices}\n    {knob.doc} [{knob.source}]")
         return 0
     if args.list_faults:
         for name, doc in FAULTS.items():
@@ -124,16 +124,10 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
         if verbose or json_lines or not event.type.startswith("request."):
             print(json.dumps(event.as_dict()) if json_lines else event, flush=True)
 
-    asked: list[int] = []
     stop = asyncio.Event()
-
-    def note(number: int) -> None:
-        asked.append(number)
-        stop.set()
-
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, note, number)
+        loop.add_signal_handler(number, stop.set)
     platform.on_event(show)
     try:
         async with platform:
@@ -152,7 +146,7 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
                 _bill(platform)
     except OSError as error:
         raise UsageError(f"cannot listen: {error.strerror or error}; choose another --host or --port") from error
-    return 0 if asked[:1] != [signal.SIGTERM] else 128 + signal.SIGTERM
+    return 0
 
 
 def _explain(platform: "Platform") -> None:
@@ -168,8 +162,7 @@ def _explain(platform: "Platform") -> None:
 
 def _bill(platform: "Platform") -> None:
     for machine in platform.machines:
-        codes = " ".join(str(run.exit_code) for run in machine.runs) or "-"
-        print(
-            f"{machine.id} {machine.state}: {len(machine.runs)} runs, {machine.billed_s:.1f} s billed, exit codes {codes}"
-        )
+        codes = " ".join(str(run.exit_code) for run in machine.runs) or "none"
+        ran = f"{len(machine.runs)} runs, {machine.billed_s:.1f} s billed, exit codes: {codes}"
+        print(f"{machine.id} {machine.state}: {ran}")
     sys.stdout.flush()
