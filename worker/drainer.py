@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
-from waker.load import LoadError, load_object
+from waker.errors import LoadError
+from waker.load import load
 
 from . import aside
 from .baton import pass_on
@@ -21,6 +22,7 @@ from .config import Config
 from .doorway import Left, Line, LineLostError, Wait
 from .drains import KNOWN, Backlog, Drain, Pulse, UnknownQueue, command, drain_for
 from .log import log
+from .sockets import let_signals_in
 
 __all__ = ["EXIT_JOBS_LEFT", "Drainer", "drain"]
 
@@ -196,6 +198,7 @@ def drain(config: Config, target: str | Sequence[str], drain_name: str | None, e
     line = Line(config.socket, report, stopped, first_s=config.boot_s)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: line.signalled())
+    let_signals_in()
     line.start()
     # Nudges from inside a drainer to the queue that it drains do nothing: its next reading sees the job.
     own = [config.app, f"http://{config.app}.flycast"] if config.app else []
@@ -223,7 +226,7 @@ def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse) -> 
     if not isinstance(target, str):
         return command.Drain(target, pulse)
     aside.step_aside(os.getcwd())
-    loaded = load_object(target)
+    loaded = load(target)
     name = drain_name or drain_for(loaded)
     if isinstance(name, UnknownQueue):
         known = ", ".join(sorted(KNOWN))

@@ -19,6 +19,7 @@ from waker import protocol
 from .config import Config
 from .door import LEFT, OPEN, SHUT, Door, Token
 from .log import log
+from .sockets import let_signals_in
 
 __all__ = ["Listener", "listen"]
 
@@ -380,11 +381,19 @@ class Listener:
             return
         self.stopping = True
         self.shut("told to stop")
-        if self.drainer is None:
-            self._later(self._end())
-        else:
+        if self.drainer is not None:
             self.drainer.send("!stop")
-            self._later(self._give_up())
+        elif self.attached.is_set():
+            self._later(self._end())
+            return
+        # One that has not attached yet may still come, and needs a door to leave by.
+        self._later(self._give_up())
+
+    def machine_ended(self) -> None:
+        """The parent closed our stdin, or is gone: the drainer has ended."""
+        asyncio.get_running_loop().remove_reader(0)
+        self.shut("the drainer has ended")
+        self._later(self._end())
 
     async def _give_up(self) -> None:
         await asyncio.sleep(self.config.stop_timeout_s)
@@ -494,9 +503,9 @@ async def _run(listener: Listener, public: socket.socket, doorway: socket.socket
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, listener.stop)
+    let_signals_in()
     if listener.under_parent:
-        # The parent holds the other end of our stdin: its end is the end of the machine.
-        loop.add_reader(0, listener.over.set)
+        loop.add_reader(0, listener.machine_ended)
     listener.public = public
     await loop.create_server(_Server(listener), sock=public, backlog=1024)
     # What already waits at the public door is let in first, so that it counts before the drainer's first look.

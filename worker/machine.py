@@ -30,7 +30,7 @@ from supervisor.supervisord import Supervisor
 from .baton import pass_on
 from .config import Config, to_environ
 from .log import log
-from .sockets import STOP_SIGNALS, Signals, bind_doorway
+from .sockets import STOP_SIGNALS, Signals, bind_doorway, let_signals_in
 
 __all__ = ["up"]
 
@@ -39,9 +39,9 @@ EXIT_NO_LISTENER = 70
 # No drainer could be started: EX_OSERR.
 EXIT_NO_DRAINER = 71
 EXIT_WEDGED = 75
-# A listener that ends sooner after its start has failed to start; supervisor tries again after 1, 2, 3 s.
+# A listener that ends sooner after its start has failed to start; supervisor tries again after 1, then 2 s.
 LISTENER_START_S = 1
-LISTENER_RETRIES = 3
+LISTENER_RETRIES = 2
 # One that does start, but ends so often within so many seconds, is given up, too.
 LISTENER_DEATHS = 5
 LISTENER_DEATHS_S = 30.0
@@ -101,6 +101,16 @@ class _Logger:
 class _Program(Subprocess):  # type: ignore[misc]
     """A child with our own stdout and stderr."""
 
+    def spawn(self) -> int | None:
+        # A stop signal between fork and exec would be taken by our handler in the child, and be lost. The child starts
+        # with them blocked, and lets them in when its own handlers stand (sockets.let_signals_in).
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            pid: int | None = super().spawn()
+        finally:
+            let_signals_in()
+        return pid
+
     def get_execv_args(self) -> tuple[str, list[str]]:
         return self.config.command[0], self.config.command
 
@@ -112,6 +122,12 @@ class _Program(Subprocess):  # type: ignore[misc]
                 os.set_inheritable(fd, True)
         else:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def drainer_ended(self) -> None:
+        """Tell the listener, by the end of its stdin: there is nothing to wait for any more."""
+        stdin = self.pipes.pop("stdin", None)
+        if stdin is not None:
+            os.close(stdin)
 
     def finish(self, pid: int, status: int) -> None:
         self.config.options.ended(self.config.name, pid, status)
@@ -211,6 +227,8 @@ class _Machine(Supervisor):  # type: ignore[misc]
             os.killpg(pid, signal.SIGKILL)
         except OSError:
             pass
+        for group in self.process_groups.values():
+            group.processes["listener"].drainer_ended()
 
     def _exited(self, event: events.ProcessStateExitedEvent) -> None:
         if event.process.config.name == "drainer":

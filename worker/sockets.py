@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 
-__all__ = ["Signals", "bind", "bind_doorway"]
+__all__ = ["STOP_SIGNALS", "Signals", "bind", "bind_doorway", "let_signals_in"]
 
 BACKLOG = 1024
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
@@ -30,6 +30,11 @@ class Signals:
 
     def get_signal(self) -> int | None:
         return self.noted.pop(0) if self.noted else None
+
+
+def let_signals_in() -> None:
+    """Receive stop signals that were blocked until the handlers stood."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def bind(port: int) -> socket.socket:
