@@ -4,7 +4,9 @@ Importing this costs next to nothing: each name below is imported when it is fir
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+# Type checkers take it for typing.TYPE_CHECKING, whose import would cost as much as all the rest here.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from .backlog import Backlog

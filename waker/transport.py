@@ -150,6 +150,8 @@ class _Exchange(asyncio.Protocol, httpx.AsyncByteStream):
         self._read()
 
     def eof_received(self) -> None:
+        if self._wire.their_state is h11.SEND_RESPONSE and not self._wire.trailing_data[0]:
+            return  # nothing came: connection_lost says so
         self._wire.receive_data(b"")
         self._read()
 
