@@ -1,7 +1,8 @@
 """The platform on this machine: proxy, machines, faults, one clock and one log.
 
-It follows Fly's documentation and what others have observed; where sources disagree or say nothing, a knob chooses, and
-the default is the less kind reading. What it cannot do it answers with 501, and says so. If it disagrees with the platform, the platform is right.
+It follows Fly's documentation and what others have observed. Where sources disagree or say nothing, a knob chooses, and
+the default is the less kind reading. What it cannot do it answers with 501, and says so. If it disagrees with the
+platform, the platform is right.
 """
 
 from .clock import NobodyWillWakeUsError, VirtualLoop, run_virtual

@@ -58,18 +58,12 @@ def run_virtual(
     """Run *main* to its end on a virtual clock of its own and return what it returns."""
     loop = VirtualLoop(seed, shuffle=shuffle)
     try:
-        return loop.run_until_complete(_with_cleanup(main() if callable(main) else main))
+        return loop.run_until_complete(main() if callable(main) else main)
     finally:
-        loop.close()
-
-
-async def _with_cleanup(main: Coroutine[Any, Any, T]) -> T:
-    try:
-        return await main
-    finally:
-        this = asyncio.current_task()
-        others = [task for task in asyncio.all_tasks() if task is not this]
-        for task in others:
+        # Also after a story that stopped: a task left pending would run its clean-up when it is collected, in another loop.
+        left = asyncio.all_tasks(loop)
+        for task in left:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.get_running_loop().shutdown_asyncgens()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True) if left else asyncio.sleep(0))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()

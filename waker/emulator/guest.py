@@ -1,6 +1,7 @@
 """What a machine's VM must offer, whether real processes run in it or a callable."""
 
-from collections.abc import Awaitable, Mapping, Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,8 @@ class Guest(Protocol):
         ...
 
     @property
-    def exited(self) -> Awaitable[int]:
-        """The exit code, once nothing of the machine is left; may be awaited many times."""
+    def exited(self) -> "asyncio.Future[int]":
+        """The exit code, once nothing of the machine is left; shield it from whoever waits."""
         ...
 
     def signal(self, number: int) -> None:

@@ -206,7 +206,7 @@ class Machine:
         world.emit("machine.started", self.id)
         if world.strikes("kill_machine", self.id):
             world.later(world.draw(knobs.kill_machine_s), guest.kill)
-        return self._ended(await guest.exited)
+        return self._ended(await asyncio.shield(guest.exited))
 
     @property
     def _stopping(self) -> bool:

@@ -162,7 +162,7 @@ class Platform:
         for guest in guests:
             guest.kill()
         for guest in guests:
-            await guest.exited
+            await asyncio.shield(guest.exited)
         self._proxy.close()
         for claim in self._claims:
             claim.release()
