@@ -171,6 +171,8 @@ class Nudger:
     def _settle(self, error: BaseException | None) -> None:
         with self._changed:
             machines, self._paying = self._paying, 0
+            if machines == 0:
+                error = None  # close() let go of it
             if error is None:
                 self._failures = 0
             else:
