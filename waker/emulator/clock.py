@@ -60,7 +60,7 @@ def run_virtual(
     try:
         return loop.run_until_complete(main() if callable(main) else main)
     finally:
-        # Also after a story that stopped: a task left pending would run its clean-up when it is collected, in another loop.
+        # Also after a story that stopped: a task left pending would clean up when it is collected, in another loop.
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()

@@ -1,8 +1,8 @@
 """Every number and every reading that the platform leaves open, named, with the less kind one as the default.
 
 What is documented has one value; what is undocumented, or where sources disagree, is a knob that says where it comes
-from: a page of Fly's documentation by its path, or what others have observed. Durations are the platform's own and are
-multiplied by `time_scale`; what the user sets (kill timeout, restart budget) is not.
+from: a page of Fly's documentation by its path, or what others have observed. `time_scale` makes the platform's own
+delays shorter and its rates higher; its patience, and what the user sets (kill timeout, restart budget), stay.
 """
 
 # ruff: noqa: RUF009 - _knob is dataclasses.field with less to write
@@ -47,9 +47,7 @@ class Knob:
 class Knobs:
     """How the platform behaves where the sources do not settle it."""
 
-    time_scale: float = _knob(
-        1.0, "multiplies the platform's own delays; 0.1 makes tests quick", "ours; 1 is real time"
-    )
+    time_scale: float = _knob(1.0, "multiplies the platform's own delays, not its patience; 0.05 suits tests", "ours")
 
     # Which machine gets a request
     soft_limit_reading: str = _knob(
@@ -159,6 +157,8 @@ class Knobs:
 
     def __post_init__(self) -> None:
         errors = [error for knob in self for error in _errors(knob)]
+        if not self.time_scale > 0:
+            errors.append(f"time_scale={self.time_scale}: expected a number above 0")
         if errors:
             raise ValueError("; ".join(errors))
 

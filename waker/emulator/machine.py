@@ -119,7 +119,10 @@ class Machine:
     def _take_token(self) -> bool:
         """One start out of the budget of this machine."""
         now, knobs = self._world.now(), self._world.knobs
-        self._tokens = min(float(knobs.start_burst), self._tokens + (now - self._tokens_at) * knobs.start_rate_per_s)
+        self._tokens = min(
+            float(knobs.start_burst),
+            self._tokens + self._world.unscaled(now - self._tokens_at) * knobs.start_rate_per_s,
+        )
         self._tokens_at = now
         if self._tokens < 1:
             return False

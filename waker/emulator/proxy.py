@@ -316,7 +316,7 @@ class Proxy:
     async def _queue(self, number: int, queued_at: float) -> None:
         """Wait until something changes; give up when it was too long or too many wait."""
         world, knobs = self._world, self._world.knobs
-        left_s = queued_at + world.scaled(knobs.queue_timeout_s) - world.now()
+        left_s = queued_at + knobs.queue_timeout_s - world.now()
         if left_s <= 0 or self._queued >= knobs.queue_size:
             raise FailedError(503, "PL02", "request concurrency limit reached on every machine")
         world.emit("request.queued", request=number)
@@ -339,7 +339,7 @@ class Proxy:
             world.spawn(self._deliver_again(machine, guest, request))
         world.emit("request.sent", machine.id, request=number)
         try:
-            async with asyncio.timeout(world.scaled(knobs.idle_timeout_s)):
+            async with asyncio.timeout(knobs.idle_timeout_s):
                 answer = await connection.send(request)
         except TimeoutError:
             connection.close()
@@ -405,7 +405,7 @@ class Proxy:
     async def _up(self, machine: Machine, number: int, *, alone: bool, may_start: bool) -> Guest:
         """Wait until the machine's VM runs and we have learned of it, starting it first where that is ours to do."""
         world, knobs = self._world, self._world.knobs
-        give_up_at = world.now() + world.scaled(knobs.wake_timeout_s)
+        give_up_at = world.now() + knobs.wake_timeout_s
         held = False
         while True:
             if machine.state is State.DESTROYED:
@@ -434,7 +434,9 @@ class Proxy:
         """Connect, again and again while nothing listens yet."""
         world, knobs = self._world, self._world.knobs
         began = world.now()
-        for attempt in range(knobs.connect_attempts):
+        # On a quicker scale it tries more often in the same time.
+        attempts = max(1, round(knobs.connect_attempts / min(1.0, knobs.time_scale)))
+        for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(world.scaled(knobs.connect_retry_s))
             if machine.guest is not guest:
@@ -442,12 +444,12 @@ class Proxy:
             if world.strikes("drop_connect", machine.id):
                 continue
             try:
-                async with asyncio.timeout(max(0.05, world.scaled(knobs.connect_timeout_s))):
+                async with asyncio.timeout(knobs.connect_timeout_s):
                     return await guest.connect()
             except (OSError, TimeoutError):
                 continue
         elapsed_s = world.now() - began
-        reason = f"failed to connect to machine: gave up after {knobs.connect_attempts} attempts (in {elapsed_s:.2f}s)"
+        reason = f"failed to connect to machine: gave up after {attempts} attempts (in {elapsed_s:.2f}s)"
         raise _ElsewhereError("PM05", reason)
 
     async def _give_back(
@@ -458,7 +460,7 @@ class Proxy:
         if self._service.concurrency != "requests" or not connection.reusable:
             connection.close()
             return
-        keep_s = self._world.scaled(self._world.knobs.pool_idle_s)
+        keep_s = self._world.knobs.pool_idle_s
         pool = self._pools.setdefault(machine.id, deque())
         pool.append((connection, guest, self._world.now() + keep_s))
         self._world.later(keep_s, self._expire, pool)

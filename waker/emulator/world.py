@@ -63,6 +63,10 @@ class World:
         """One of the platform's own delays, on this platform's scale."""
         return seconds * self.knobs.time_scale
 
+    def unscaled(self, seconds: float) -> float:
+        """A span of this platform's time, in the platform's own."""
+        return seconds / self.knobs.time_scale
+
     def draw(self, span: Span) -> float:
         """One of the platform's own delays, drawn from its span."""
         return self.scaled(self.rng.uniform(*span))
