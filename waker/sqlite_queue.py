@@ -100,11 +100,11 @@ class Task(Generic[P, R]):
         self.__doc__ = fn.__doc__
         self.__module__ = fn.__module__
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function here and now, as if it were no task."""
         return self.fn(*args, **kwargs)
 
-    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> int:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> int:
         """Commit a job that calls the function with these arguments, and return its id.
 
         When this returns, the job is on the disk as *durability* says, and every later reading of the queue sees it.

@@ -162,8 +162,8 @@ class Owner(NamedTuple):
         """This process. Without /proc nobody can tell, and a lease just lasts until its end."""
         pid = os.getpid()
         try:
-            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-                boot = file.read().strip()
+            with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+                boot = file.read().decode().strip()
             pid_ns = os.readlink("/proc/self/ns/pid")
         except OSError:
             boot = pid_ns = ""
@@ -197,7 +197,7 @@ def _start_of(pid: int) -> str | None:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return ENDED if fields[0] in (b"Z", b"X") else fields[19].decode("ascii")
+    return ENDED if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
 class _Connection(sqlite3.Connection):
