@@ -4,13 +4,14 @@ Both are thin: policy.py says how many wakes to send next, transport.py sends th
 nobody waits for. httpx and asyncio are imported when the first wake is sent.
 """
 
+import functools
 import logging
 import os
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import ssl
 
     import httpx
+
+    Sender = Callable[[httpx.Request], Awaitable[httpx.Response]]
 
 __all__ = ["AsyncWaker", "WakeReport", "Waker", "WokenMachine"]
 
@@ -184,26 +187,24 @@ class _Waker:
             raise UsageError(
                 f"timeout_s={timeout_s!r}: expected seconds above 0 and up to {MAX_TIMEOUT_S:.0f}, like 2.5"
             )
-        async with self._client() as client:
-            return await _Call(
-                self._config, client, self._hold_s, Spread(machines, busy_counts=busy_counts), timeout_s
-            ).run()
-
-    def _client(self) -> "httpx.AsyncClient":
         import httpx
 
+        spread = Spread(machines, busy_counts=busy_counts)
         transport = self._transport
         if transport is None and self._config.target.direct:
             from .transport import WakeTransport
 
             transport = WakeTransport()
         if transport is not None:
-            return httpx.AsyncClient(transport=transport, trust_env=False, headers=_HEADERS)
+            # No client around it: redirects, cookies and proxies are not for wakes, and a thousand would pay for them.
+            return await _Call(self._config, transport.handle_async_request, self._hold_s, spread, timeout_s).run()
         # A public https address: TLS, and the proxies of the environment, as httpx has them. Nothing waits in a pool.
         if self._tls is None:
             self._tls = httpx.create_ssl_context()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        return httpx.AsyncClient(verify=self._tls, limits=limits, headers=_HEADERS)
+        async with httpx.AsyncClient(verify=self._tls, limits=limits) as client:
+            send = functools.partial(client.send, stream=True)
+            return await _Call(self._config, send, self._hold_s, spread, timeout_s).run()
 
 
 class AsyncWaker(_Waker):
@@ -255,12 +256,10 @@ os.register_at_fork(after_in_child=_forget_in_child)
 class _Call:
     """One call of wake(), from its first wake to its report."""
 
-    def __init__(
-        self, config: WakerConfig, client: "httpx.AsyncClient", hold_s: float, spread: Spread, timeout_s: float
-    ) -> None:
+    def __init__(self, config: WakerConfig, send: "Sender", hold_s: float, spread: Spread, timeout_s: float) -> None:
         self._target = config.target
         self._token = config.token
-        self._client = client
+        self._send = send
         self._hold_s = hold_s
         self._spread = spread
         self._began = time.monotonic()
@@ -338,14 +337,15 @@ class _Call:
 
         import httpx
 
-        headers = {protocol.VERSION: protocol.WIRE_VERSION}
+        headers = {**_HEADERS, protocol.VERSION: protocol.WIRE_VERSION}
         if held:
             headers[protocol.HOLD] = f"{self._hold_s:g}"
         if self._token is not None:
             headers[protocol.AUTHORIZATION] = f"Bearer {self._token}"
         attempt_s = min(ATTEMPT_S, self._left_s())
         timeout = httpx.Timeout(attempt_s, connect=min(CONNECT_S, attempt_s), pool=None)
-        request = self._client.build_request("GET", self._target.url, headers=headers, timeout=timeout)
+        # One request object for all: they differ in nothing.
+        request = httpx.Request("GET", self._target.url, headers=headers, extensions={"timeout": timeout.as_dict()})
 
         answers: list[Answer] = []
         decided = asyncio.Event()
@@ -395,7 +395,7 @@ class _Call:
         import httpx
 
         try:
-            response = await self._client.send(request, stream=True)
+            response = await self._send(request)
             try:
                 return await self._read(response)
             finally:

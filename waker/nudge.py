@@ -52,6 +52,8 @@ class Nudger:
         self._changed = threading.Condition()  # guards all below; also told when a debt is paid or a flush begins
         self._owed = 0  # machines the next wake asks for; read without the lock by nudge()
         self._payer: threading.Thread | None = None  # the thread that pays; gone when nothing is owed
+        # Held by the payer for as long as it lives, however it ends: is_alive(), in a tenth of the time.
+        self._life = threading.Lock()
         self._paying = 0  # machines the wake in flight asks for
         self._began_at = float("-inf")  # when the last wake began
         self._failures = 0  # wakes in a row that failed
@@ -62,8 +64,8 @@ class Nudger:
         """Owe a wake of *machines* that begins after this call. Never blocks, never raises."""
         try:
             # The payer sets _owed to 0 before its wake begins, so what is owed now is asked for after this moment; and
-            # it ends only with nothing owed, under the lock. One that is not alive (a fork, a crash) pays nothing.
-            if 0 < machines <= self._owed and (payer := self._payer) is not None and payer.is_alive():
+            # it ends only with nothing owed. One that is not alive (a fork, a crash) holds nothing, and pays nothing.
+            if 0 < machines <= self._owed and self._life.locked():
                 return
             self._owe(machines)
         except Exception as error:
@@ -114,7 +116,7 @@ class Nudger:
         """Start the payer; False where no thread can, or where it would not live to pay. Under the lock."""
         if _ending:
             return False
-        payer = threading.Thread(target=self._pay, name="waker-nudge", daemon=True)
+        payer = threading.Thread(target=self._live, name="waker-nudge", daemon=True)
         self._payer = payer
         try:
             payer.start()
@@ -122,6 +124,10 @@ class Nudger:
             self._payer = None
             return False
         return True
+
+    def _live(self) -> None:
+        with self._life:
+            self._pay()
 
     def _pay(self) -> None:
         """The payer's life: wait for the turn, wake, until nothing is owed."""
@@ -194,6 +200,7 @@ class Nudger:
     def _forget_in_child(self) -> None:
         """After a fork: the parent's debts are the parent's, and its lock may be held by a thread that is not here."""
         self._changed = threading.Condition()
+        self._life = threading.Lock()
         self._owed = self._paying = self._failures = 0
         self._payer = None
         self._began_at = self._due_at = float("-inf")

@@ -21,6 +21,9 @@ MAX_BODY_BYTES = 64 * 1024
 # A name's addresses are looked up once for all the wakes of a round, and again a little later: Flycast addresses stay.
 RESOLVED_S = 5.0
 
+# Where a request keeps its head in h11's form.
+_HEAD = "waker.head"
+
 Address = tuple[socket.AddressFamily, str]
 
 
@@ -142,7 +145,11 @@ class _Exchange(asyncio.Protocol, httpx.AsyncByteStream):
         """Write the whole request; it has no body worth a wait."""
         if self._transport is None or self._transport.is_closing():
             raise httpx.WriteError("the connection was closed before the request was sent", request=request)
-        head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
+        head = request.extensions.get(_HEAD)
+        if head is None:
+            # Checked once for all the wakes that share this request.
+            head = h11.Request(method=request.method, target=request.url.raw_path, headers=request.headers.raw)
+            request.extensions[_HEAD] = head
         self._transport.write((self._wire.send(head) or b"") + (self._wire.send(h11.EndOfMessage()) or b""))
 
     def data_received(self, data: bytes) -> None:
