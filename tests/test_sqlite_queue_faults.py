@@ -236,9 +236,10 @@ def test_kill_9_at_any_moment_loses_no_job(app, worker, tmp_path):
         until(lambda n=round_number: len(notes(tmp_path)) > n * 30, "some jobs are done")
         for victim in victims:
             victim.signal(signal.SIGKILL)
+            victim.wait()
     while app.backlog().ready:
         assert worker().wait() == 0
-    until(lambda: app.counts() == (0, 0, 0, 0), "nothing is left")
+    assert app.counts() == (0, 0, 0, 0)
     done = notes(tmp_path)
     assert set(done) == set(numbers)
     assert len(done) <= len(numbers) + 16  # a killed worker's last job may have been done, but not yet recorded
@@ -283,18 +284,29 @@ def test_several_processes_may_make_the_file_at_the_same_time(app, processes):
     assert app.counts() == (80, 0, 0, 0)
 
 
-def test_threads_share_one_queue(app):
-    def enqueue():
-        for _ in range(50):
-            app.enqueue("note", "x")
+def test_threads_share_one_queue_from_the_first_moment(tmp_path):
+    """Each round makes the file anew, with all threads at once."""
+    for number in range(20):
+        queue = SqliteQueue(tmp_path / f"{number}.db", durability="process")
+        note = queue.task(name="note")(print)
+        errors = []
 
-    threads = [threading.Thread(target=enqueue) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert app.counts().ready == 200
-    assert len(app._store._idle) <= 4
+        def enqueue(note=note, errors=errors):
+            try:
+                for _ in range(25):
+                    note.enqueue()
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=enqueue) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert queue.counts().ready == 100
+        assert len(queue._store._idle) <= 4
+        queue.close()
 
 
 def test_a_fork_uses_no_connection_of_its_parent(app, processes):

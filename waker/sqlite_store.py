@@ -420,7 +420,10 @@ class Store:
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         db.execute(f"pragma synchronous = {self._synchronous}")
-        if self._schema_of(db) is None:
+        db.execute("begin")  # one snapshot: somebody else may be making the tables
+        schema = self._schema_of(db)
+        db.execute("commit")
+        if schema is None:
             self._use_wal(db)
             db.execute("begin immediate")
             if self._schema_of(db) is None:  # nobody was quicker
