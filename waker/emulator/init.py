@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         commands.append(rest[1 : 1 + count])
         rest = rest[1 + count :]
 
+    os.set_inheritable(control, False)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     woken, wake = os.pipe()
     os.set_blocking(woken, False)

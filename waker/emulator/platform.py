@@ -183,7 +183,13 @@ class Platform:
         else:
             self._folder = tempfile.mkdtemp(prefix="fly-")
             on_failure = self._knobs.process_failure
-            runner = ProcessRunner(self._commands, on_failure=on_failure, cwd=self._cwd, log=self._machine_log)
+            runner = ProcessRunner(
+                self._commands,
+                on_failure=on_failure,
+                cwd=self._cwd,
+                log=self._machine_log,
+                process_exited=self._process_exited,
+            )
         first_port = rng.randrange(len(PORTS)) + os.getpid() * 16
         for index in range(self._count):
             region = self._regions[index % len(self._regions)]
@@ -378,6 +384,9 @@ class Platform:
             return self._machines[machine_id]
         except KeyError:
             raise KeyError(f"no machine {machine_id!r}; there are {', '.join(self._machines)}") from None
+
+    def _process_exited(self, machine_id: str, index: int, code: int) -> None:
+        self._world.emit("machine.process_exited", machine_id, process=index, exit_code=code)
 
     def _machine_log(self, machine_id: str, line: str) -> None:
         self._tails[machine_id].append(line)

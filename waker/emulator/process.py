@@ -20,6 +20,7 @@ LOOPBACK = "127.0.0.1"
 # Below the range that the kernel gives to connections and to port 0, so that nobody gets a stopped machine's port.
 PORTS = range(20_000, 32_000)
 MAX_LINE = 8_192
+LAST_WORDS_S = 1.0
 
 
 class PortClaim:
@@ -62,17 +63,19 @@ class ProcessRunner:
         on_failure: str,
         cwd: str | None,
         log: Callable[[str, str], None],
+        process_exited: Callable[[str, int, int], None],
     ) -> None:
         self._commands = [[os.fspath(word) for word in command] for command in commands]
         self._on_failure = on_failure
         self._cwd = cwd
         self._log = log
+        self._process_exited = process_exited
 
     async def boot(self, boot: Boot) -> "ProcessGuest":
         """Wipe the private temporary directory, then start."""
         shutil.rmtree(boot.env["TMPDIR"], ignore_errors=True)
         os.makedirs(boot.env["TMPDIR"], mode=0o700)
-        guest = ProcessGuest(boot.machine, boot.port, self._log)
+        guest = ProcessGuest(boot.machine, boot.port, self._log, self._process_exited)
         await guest.start(self._commands, self._on_failure, dict(boot.env), self._cwd)
         return guest
 
@@ -80,12 +83,18 @@ class ProcessRunner:
 class ProcessGuest:
     """One run of a machine: its init, and whatever that starts."""
 
-    def __init__(self, machine: str, port: int, log: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        machine: str,
+        port: int,
+        log: Callable[[str, str], None],
+        process_exited: Callable[[str, int, int], None],
+    ) -> None:
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.process_exited: Callable[[int, int], None] = lambda index, code: None
         self._machine = machine
         self._port = port
         self._log = log
+        self._process_exited = process_exited
         self._pids: dict[int, int] = {}
         self._spawned = asyncio.Event()
 
@@ -144,7 +153,8 @@ class ProcessGuest:
                     self._pids[int(numbers[0])] = int(numbers[1])
                     self._spawned.set()
                 elif word == "exited":
-                    self.process_exited(int(numbers[0]), int(numbers[1]))
+                    self._pids.pop(int(numbers[0]), None)
+                    self._process_exited(self._machine, int(numbers[0]), int(numbers[1]))
                 elif word == "ended":
                     code = int(numbers[0])
         self._orders.close()
@@ -152,7 +162,9 @@ class ProcessGuest:
         if self._init.wait() != 0:
             _kill_session(self._init.pid)
         self._spawned.set()
-        await self._tasks[1]
+        # What it printed is passed on first; a killed init may have left somebody who still holds the pipe.
+        await asyncio.wait([self._tasks[1]], timeout=LAST_WORDS_S)
+        self._tasks[1].cancel()
         self.exited.set_result(code)
 
     async def _copy_output(self) -> None:
