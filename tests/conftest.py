@@ -21,7 +21,9 @@ def machines(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def start(*arguments, env=None, cwd=None, **options):
-            machine = Machine(*arguments, env={"TMPDIR": str(tmp_path), **(env or {})}, cwd=cwd or str(tmp_path), **options)
+            machine = Machine(
+                *arguments, env={"TMPDIR": str(tmp_path), **(env or {})}, cwd=cwd or str(tmp_path), **options
+            )
             stack.callback(machine.end)
             return machine
 
@@ -34,7 +36,9 @@ def processes(tmp_path):
     with contextlib.ExitStack() as stack:
 
         def start(command, env=None, cwd=None, **options):
-            process = Process(command, env={"TMPDIR": str(tmp_path), **(env or {})}, cwd=cwd or str(tmp_path), **options)
+            process = Process(
+                command, env={"TMPDIR": str(tmp_path), **(env or {})}, cwd=cwd or str(tmp_path), **options
+            )
             stack.callback(process.end)
             return process
 

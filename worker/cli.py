@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         up(config, [*(["--drain", args.drain] if args.drain else []), *words], public, bound_at, signals)
     except OSError as error:
-        print(f"worker up: cannot make {config.socket}: {error.strerror}. Another place: WORKER_SOCKET", file=sys.stderr)
+        print(
+            f"worker up: cannot make {config.socket}: {error.strerror}. Another place: WORKER_SOCKET", file=sys.stderr
+        )
         return EXIT_USAGE
 
 
@@ -83,12 +85,14 @@ def _listen(config: Config, inherited: str | None) -> int:
         import socket
 
         public_fd, doorway_fd, bound = inherited.split(",")
-        public, doorway, bound_at = socket.socket(fileno=int(public_fd)), socket.socket(fileno=int(doorway_fd)), float(bound)
+        public, doorway, bound_at = (
+            socket.socket(fileno=int(public_fd)),
+            socket.socket(fileno=int(doorway_fd)),
+            float(bound),
+        )
     from .listener import listen
 
-    code = listen(config, public, doorway, bound_at=bound_at, under_parent=inherited is not None)
-    sys.stderr.flush()
-    os._exit(code)
+    listen(config, public, doorway, bound_at=bound_at, under_parent=inherited is not None)
 
 
 def _parse(arguments: list[str]) -> "tuple[argparse.Namespace, str | list[str]]":
@@ -108,7 +112,9 @@ def _parse(arguments: list[str]) -> "tuple[argparse.Namespace, str | list[str]]"
                                  help=f"{setting.help} [{setting.name}]".replace("%", "%%"))  # fmt: skip
     for verb in (up, drain):
         verb.add_argument("--drain", metavar="NAME", help="use this drain, whatever the type of the object")
-        verb.add_argument("target", nargs="?", metavar="module:object", help="your queue, like myapp.tasks:queue; or -- COMMAND…")
+        verb.add_argument(
+            "target", nargs="?", metavar="module:object", help="your queue, like myapp.tasks:queue; or -- COMMAND…"
+        )
     listen.add_argument("--inherited", help=argparse.SUPPRESS)
     check.add_argument("target", nargs="?", metavar="module:object", help="your queue, like myapp.tasks:queue")
     check.add_argument("--file", default="fly.toml", help="the fly.toml to read (default: %(default)s)")
@@ -134,5 +140,3 @@ def _parse(arguments: list[str]) -> "tuple[argparse.Namespace, str | list[str]]"
         if args.target is not None and command:
             parser.error(f"either a queue or a command, not {args.target!r} and a command. Usage: {USAGE}")
     return args, command or getattr(args, "target", None) or ""
-
-

@@ -180,7 +180,9 @@ class Drainer:
         self._line.report()
 
 
-def drain(config: Config, target: str | Sequence[str], drain_name: str | None, environ: MutableMapping[str, str]) -> NoReturn:
+def drain(
+    config: Config, target: str | Sequence[str], drain_name: str | None, environ: MutableMapping[str, str]
+) -> NoReturn:
     """Be the drainer of this machine: *target* is "module:object", or a command. Ends the process."""
     pulse = Pulse()
     stop = threading.Event()
@@ -217,7 +219,14 @@ def drain(config: Config, target: str | Sequence[str], drain_name: str | None, e
 
         traceback.print_exc()
         outcome = Outcome(EXIT_CRASHED, "the drain crashed")
-    log("drainer.left", code=outcome.code, why=repr(outcome.why), jobs=pulse.done, failed=pulse.failed, passes=drainer.passes)
+    log(
+        "drainer.left",
+        code=outcome.code,
+        why=repr(outcome.why),
+        jobs=pulse.done,
+        failed=pulse.failed,
+        passes=drainer.passes,
+    )
     _leave(outcome.code)
 
 

@@ -11,7 +11,10 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
+from collections.abc import Coroutine
+from typing import NoReturn
 
 from aiohttp import hdrs, web
 from waker import protocol
@@ -91,6 +94,8 @@ class Listener:
         self.public: socket.socket | None = None
         self._wedge_watch: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._servers: list[asyncio.Server] = []
+        self._lines: set[asyncio.StreamWriter] = set()
         if self.door.state != OPEN:
             self.released.set()
 
@@ -261,6 +266,7 @@ class Listener:
         """One connection of the doorway, for its whole life."""
         pid = _peer_pid(writer)
         drainer: Drainer | None = None
+        self._lines.add(writer)
         try:
             while line := await reader.readline():
                 verb, *words = line.decode("ascii", "replace").split()
@@ -282,6 +288,7 @@ class Listener:
         except (OSError, ValueError) as error:
             log("doorway.broken", error=repr(str(error)))
         finally:
+            self._lines.discard(writer)
             writer.close()
             if drainer is not None and drainer is self.drainer:
                 self._drainer_ended(drainer)
@@ -399,6 +406,50 @@ class Listener:
         await asyncio.sleep(self.config.stop_timeout_s)
         self.over.set()
 
+    # -- beginning and end -----------------------------------------------------------------------------------------------
+
+    async def open(self, public: socket.socket, doorway: socket.socket) -> None:
+        """Serve both sockets, and hear stop signals."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self.stop)
+        let_signals_in()
+        if self.under_parent:
+            loop.add_reader(0, self.machine_ended)
+        else:
+            self._later(self._leave_without_drainer())
+        self.public = public
+        self._servers.append(await loop.create_server(_Server(self), sock=public, backlog=1024))
+        # What already waits at the public door is let in first, so that it counts before the drainer's first look.
+        await asyncio.sleep(0.01)
+        self._servers.append(await asyncio.start_unix_server(self.serve_drainer, sock=doorway))
+        log("listener.ready", port=self.config.port, boot=self.door.boot, door=self.door.state)
+
+    async def close(self) -> None:
+        """Give everything back, for those who go on living in this process; a listener just exits."""
+        for server in self._servers:
+            server.close()
+        for connection in list(self.connections):
+            if connection.transport is not None:
+                connection.transport.abort()  # type: ignore[attr-defined]  # every stream transport can
+        for writer in self._lines:
+            writer.close()
+        if self._wedge_watch is not None:
+            self._tasks.add(self._wedge_watch)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._until(self.idle, FLUSH_S)
+
+    async def _leave_without_drainer(self) -> None:
+        """In the form without a parent nobody else notices that the drainer never came."""
+        await asyncio.sleep(self.config.boot_s)
+        if not self.attached.is_set():
+            log("listener.left", why=f"'no drainer within {self.config.boot_s:g} s'")
+            self.exit_code = EXIT_DRAINER_LOST
+            self.shut("no drainer came")
+            self.over.set()
+
     # -- watching a drainer that hangs -------------------------------------------------------------------------------
 
     def _watch_for_wedge(self) -> None:
@@ -410,13 +461,12 @@ class Listener:
         seen: tuple[object, ...] = ()
         alive_at = time.monotonic()
         while self.door.rung > self.door.looked and self.door.state == OPEN:
-            drainer = self.drainer
-            if drainer is not None:
-                drainer.send("!ask")
             await asyncio.sleep(self.config.wedge_s / 6)
-            if drainer is None or drainer is not self.drainer:
+            drainer = self.drainer
+            if drainer is None:
                 alive_at = time.monotonic()
                 continue
+            drainer.send("!ask")
             now_seen = (self.door.looked, drainer.done, drainer.phase)
             if drainer.running or now_seen != seen:
                 alive_at, seen = time.monotonic(), now_seen
@@ -437,7 +487,7 @@ class Listener:
         except OSError as error:
             log("drainer.kill_failed", pid=drainer.pid, error=repr(str(error)))
 
-    def _later(self, coroutine) -> None:  # type: ignore[no-untyped-def]  # any coroutine that returns nothing
+    def _later(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -499,43 +549,20 @@ class _Server(web.Server):
         return Connection(self, self._listener, asyncio.get_running_loop())
 
 
-async def _run(listener: Listener, public: socket.socket, doorway: socket.socket) -> int:
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, listener.stop)
-    let_signals_in()
-    if listener.under_parent:
-        loop.add_reader(0, listener.machine_ended)
-    listener.public = public
-    await loop.create_server(_Server(listener), sock=public, backlog=1024)
-    # What already waits at the public door is let in first, so that it counts before the drainer's first look.
-    await asyncio.sleep(0.01)
-    await asyncio.start_unix_server(listener.serve_drainer, sock=doorway)
-    log("listener.ready", port=listener.config.port, boot=listener.door.boot, door=listener.door.state)
-    if not listener.under_parent:
-        listener._later(_leave_without_drainer(listener))
-    await listener.over.wait()
-    return listener.exit_code
+def listen(
+    config: Config, public: socket.socket, doorway: socket.socket, *, bound_at: float, under_parent: bool
+) -> NoReturn:
+    """Serve until the drainer has left, or a stop signal; ends the process."""
 
+    async def main() -> NoReturn:
+        listener = Listener(config, bound_at=bound_at, boot=os.urandom(6).hex(), under_parent=under_parent)
+        await listener.open(public, doorway)
+        await listener.over.wait()
+        # Taking the loop and its connections apart would cost the machine's last milliseconds.
+        sys.stderr.flush()
+        os._exit(listener.exit_code)
 
-async def _leave_without_drainer(listener: Listener) -> None:
-    """In the form without a parent nobody else notices that the drainer never came."""
-    await asyncio.sleep(listener.config.boot_s)
-    if not listener.attached.is_set():
-        log("listener.left", why=f"'no drainer within {listener.config.boot_s:g} s'")
-        listener.exit_code = EXIT_DRAINER_LOST
-        listener.shut("no drainer came")
-        listener.over.set()
-
-
-def listen(config: Config, public: socket.socket, doorway: socket.socket, *, bound_at: float, under_parent: bool) -> int:
-    """Serve until the drainer has left, or a stop signal; returns the exit code."""
-    boot = os.urandom(6).hex()
-
-    async def main() -> int:
-        return await _run(Listener(config, bound_at=bound_at, boot=boot, under_parent=under_parent), public, doorway)
-
-    return asyncio.run(main())
+    asyncio.run(main())
 
 
 def _read_mark(path: str) -> str:
