@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -220,6 +221,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="runs per number (default: 10)")
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), help="these rows alone")
     args = parser.parse_args()
+    logging.getLogger("waker").setLevel(logging.CRITICAL)  # what the rows let go of on purpose
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:  # for those beside us: they do not raise it themselves
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard) if hard >= 0 else 4096, hard))

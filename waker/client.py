@@ -278,9 +278,7 @@ class _Call:
             probing = await self._turn()
             if probing is None:
                 break
-            answers = await self._round(
-                1 if probing else action.count, held=action.held and not (probing and self._spread.machines == 1)
-            )
+            answers = await self._round(1 if probing else action.count, held=action.held and not probing)
             self._note(answers)
             if not self._machines and any(answer.status == 401 for answer in answers):
                 raise Unauthorized(self._unauthorized())
