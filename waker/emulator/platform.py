@@ -127,6 +127,7 @@ class Platform:
         self._claims: list[PortClaim] = []
         self._front: Front | None = None
         self._folder: str | None = None
+        self._started = False
         self.url = f"http://{app}.flycast"
 
     # Life
@@ -145,6 +146,7 @@ class Platform:
         except BaseException:
             await self.close()
             raise
+        self._started = True
         self._world.emit("platform.started", url=self.url)
         return self
 
@@ -169,7 +171,9 @@ class Platform:
         self._claims.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._world.emit("platform.stopped")
+        if self._started:
+            self._world.emit("platform.stopped")
+        self._started = False
         if self._world.failures:
             raise self._world.failures.pop()
 

@@ -130,22 +130,25 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
         loop.add_signal_handler(number, stop.set)
     platform.on_event(show)
     try:
-        async with platform:
-            if not json_lines:
-                _explain(platform)
-            await stop.wait()
-            stop.clear()
-            stopping = asyncio.ensure_future(platform.stop_all())
-            again = asyncio.ensure_future(stop.wait())
-            # A second signal kills what still runs: leaving the platform does.
-            await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (stopping, again):
-                task.cancel()
-            await asyncio.gather(stopping, again, return_exceptions=True)
-            if not json_lines:
-                _bill(platform)
+        await platform.__aenter__()
     except OSError as error:
         raise UsageError(f"cannot listen: {error.strerror or error}; choose another --host or --port") from error
+    try:
+        if not json_lines:
+            _explain(platform)
+        await stop.wait()
+        stop.clear()
+        stopping = asyncio.ensure_future(platform.stop_all())
+        again = asyncio.ensure_future(stop.wait())
+        # A second signal kills what still runs: closing the platform does.
+        await asyncio.wait({stopping, again}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (stopping, again):
+            task.cancel()
+        await asyncio.gather(stopping, again, return_exceptions=True)
+        if not json_lines:
+            _bill(platform)
+    finally:
+        await platform.close()
     return 0
 
 
