@@ -250,8 +250,8 @@ class Line:
         elif line.startswith("refused"):
             raise LineLostError(f"the listener {line}")
         elif line.startswith("!ring"):
+            self._tell()  # first: how busy we are as the wake arrives, not with the work that it brings
             self._news.set()
-            self._tell()
         elif line == "!ask":
             self._tell()
         elif line == "!stop":
