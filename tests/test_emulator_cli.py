@@ -1,5 +1,6 @@
 """`waker emulate` in the foreground, and the pytest fixture that gives the same to users' tests."""
 
+import contextlib
 import json
 import os
 import re
@@ -146,6 +147,21 @@ def test_json_is_one_object_a_line(emulate):
         "machine.stopped",
     ]
     assert events[-1]["type"] == "platform.stopped"
+
+
+def test_it_ends_when_nobody_reads_what_it_prints():
+    """`waker emulate … | head`: the machines are stopped in order, and nothing complains."""
+    arguments = ["--json", "--knob", "time_scale=0.05", "--machines", "1", *serving()]
+    with subprocess.Popen([WAKER, "emulate", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        try:
+            url = next(event["url"] for event in map(json.loads, running.stdout) if event["type"] == "platform.started")
+            running.stdout.close()
+            with contextlib.suppress(OSError):
+                get(url)  # it is on its way out as soon as it has something to print
+            assert running.wait(timeout=30) == 0
+            assert b"Traceback" not in running.stderr.read()
+        finally:
+            running.kill()
 
 
 def test_several_processes_in_each_machine(emulate):

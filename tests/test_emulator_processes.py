@@ -17,11 +17,11 @@ import pytest
 
 from waker.emulator import Faults, Knobs, LocalPlatform, RefusedError
 
-QUICK = Knobs(time_scale=0.05)
+QUICK = Knobs(time_scale=0.05, connect_attempts=100)
 
 # A machine's program: an HTTP server whose answers and end are asked for in the request's path.
 SERVER = """
-import http.server, json, os, signal, subprocess, sys, threading, time
+import http.server, json, os, signal, subprocess, sys, time
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -91,14 +91,12 @@ def fork():
 print("listening", flush=True)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(5))
 server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler)
-if len(sys.argv) > 1:
-    threading.Timer(float(sys.argv[1]), os._exit, [0]).start()
 server.serve_forever()
 """
 
 
-def serving(*arguments):
-    return [sys.executable, "-c", SERVER, *map(str, arguments)]
+def serving():
+    return [sys.executable, "-c", SERVER]
 
 
 def program(code, *arguments):
@@ -150,14 +148,15 @@ def until(condition, timeout_s=20):
 
 
 def test_a_request_starts_a_stopped_machine_which_serves_and_stops(platforms):
-    platform = platforms(serving(0.5), machines=1)
+    platform = platforms(serving(), machines=1)
     assert [machine.state for machine in platform.machines] == ["stopped"]
     status, headers, _ = ask(platform)
-    platform.wait_all_stopped()
+    assert ask(platform, "/exit/0")[0] == 502
+    platform.wait_for("machine.stopped")
     machine = platform.machines[0]
     assert (status, headers["wake-machine"]) == (200, machine.id)
     assert (machine.state, machine.exit_code, len(machine.runs)) == ("stopped", 0, 1)
-    assert machine.billed_s >= 0.5
+    assert machine.billed_s == machine.runs[0].stopped_at - machine.runs[0].started_at
     assert platform.logs(machine.id) == ["listening"]
 
 
@@ -199,7 +198,7 @@ def test_the_temporary_directory_is_the_machines_own_and_wiped_at_each_start(pla
 def test_the_exit_code_is_the_main_processes(platforms, path, code):
     platform = platforms(serving(), machines=1, restart="no")
     status, _, body = ask(platform, path)
-    platform.wait_all_stopped()
+    platform.wait_for("machine.stopped")
     assert (status, body[:6]) == (502, b"[PC03]")
     assert platform.machines[0].exit_code == code
 
@@ -207,6 +206,7 @@ def test_the_exit_code_is_the_main_processes(platforms, path, code):
 def test_a_machine_that_fails_is_restarted_and_its_next_run_serves(platforms):
     platform = platforms(serving(), machines=1)
     assert ask(platform, "/exit/3")[0] == 502
+    assert platform.wait_for("machine.restarting").fields["exit_code"] == 3
     assert ask(platform)[0] == 200
     assert [run.source for run in platform.machines[0].runs] == ["proxy", "restart-policy"]
 
@@ -218,7 +218,7 @@ def test_when_the_main_process_ends_everything_in_the_machine_ends(platforms):
     assert len(pids) == 3
     assert all(alive(pid) for pid in pids)
     ask(platform, "/exit/0")
-    platform.wait_all_stopped()
+    platform.wait_for("machine.stopped")
     assert not any(alive(pid) for pid in pids)
 
 
@@ -524,6 +524,30 @@ def test_a_hundred_requests_at_once_are_all_answered(platforms):
 
 
 # Around it
+
+
+def test_a_callable_may_serve_real_requests_too(platforms):
+    async def machine(machine):
+        request = await anext(machine.requests)
+        request.answer(200, {"wake-machine": machine.id}, request.body)
+
+    platform = platforms(machine, machines=1)
+    status, headers, body = ask(platform, method="POST", body=b"hello")
+    platform.wait_all_stopped()
+    assert (status, headers["wake-machine"], body) == (200, platform.machines[0].id, b"hello")
+
+
+def test_a_callback_that_raises_disturbs_no_machine_and_is_heard_of():
+    def broken(event):
+        raise ValueError("broken callback")
+
+    platform = LocalPlatform(program(""), machines=1, knobs=QUICK, log=lambda machine, line: None).start()
+    platform.on_event(broken)
+    platform.start_machine(platform.machines[0].id)
+    platform.wait_all_stopped()
+    assert platform.machines[0].exit_code == 0
+    with pytest.raises(ValueError, match="broken callback"):
+        platform.close()
 
 
 def test_platforms_beside_each_other_never_share_a_port(platforms):

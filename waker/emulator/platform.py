@@ -175,7 +175,7 @@ class Platform:
             self._world.emit("platform.stopped")
         self._started = False
         if self._world.failures:
-            raise self._world.failures.pop()
+            raise self._world.failures.pop(0)
 
     def _create_machines(self) -> None:
         # Ids look like the platform's, differ between seeds, and say in their last digits which is which.
@@ -345,8 +345,11 @@ class Platform:
         return self._log
 
     def on_event(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call *callback* with each event from now on, in the platform's thread; return what ends that."""
-        return self._log.listen(callback)
+        """Call *callback* with each event from now on, in the platform's thread; return what ends that.
+
+        What it raises is raised when the platform closes; it does not disturb the machines.
+        """
+        return self._log.listen(lambda event: self._told(callback, event))
 
     def logs(self, machine_id: str) -> list[str]:
         """The last lines that a machine printed."""
@@ -394,7 +397,14 @@ class Platform:
 
     def _machine_log(self, machine_id: str, line: str) -> None:
         self._tails[machine_id].append(line)
-        self._log_to(machine_id, line)
+        self._told(self._log_to, machine_id, line)
+
+    def _told(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call somebody else's *callback* in the middle of ours."""
+        try:
+            callback(*args)
+        except Exception as error:
+            self._world.failures = self._world.failures or [error]
 
 
 def _to_stderr(machine_id: str, line: str) -> None:

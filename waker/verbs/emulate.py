@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -120,11 +121,17 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
     import asyncio
     import signal
 
+    stop = asyncio.Event()
+
     def show(event: "Event") -> None:
         if verbose or json_lines or not event.type.startswith("request."):
-            print(json.dumps(event.as_dict()) if json_lines else event, flush=True)
+            try:
+                print(json.dumps(event.as_dict()) if json_lines else event, flush=True)
+            except BrokenPipeError:
+                # The reader left (`waker emulate … | head`): so do we, in order.
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the interpreter ends
+                stop.set()
 
-    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
