@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 __all__ = ["SETTINGS", "Config", "ConfigError", "Setting", "early_port", "from_environ", "to_environ"]
 
-# The drainer has to be gone this long before the platform kills the machine: what is left is for the baton.
+# The library has to stop this long before the platform kills the machine: what is left is for the baton,
 STOP_MARGIN_S = 2.0
+# and so long before it, a drainer that is still there is killed.
+KILL_MARGIN_S = 0.5
 # A unix socket's path is at most 107 bytes on Linux.
 MAX_SOCKET_PATH = 107
 
@@ -45,8 +47,13 @@ class Config(NamedTuple):
 
     @property
     def drain_stop_s(self) -> float:
-        """Seconds a drainer has between a stop signal and SIGKILL."""
+        """Seconds that the library has after a stop signal to finish or to put back what it runs."""
         return max(self.stop_timeout_s - STOP_MARGIN_S, self.stop_timeout_s / 2)
+
+    @property
+    def kill_s(self) -> float:
+        """Seconds between a stop signal and SIGKILL for the drainer."""
+        return max(self.stop_timeout_s - KILL_MARGIN_S, self.stop_timeout_s * 3 / 4)
 
     @property
     def mark(self) -> str:

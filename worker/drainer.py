@@ -32,7 +32,9 @@ EXIT_JOBS_LEFT = 75
 EXIT_CRASHED = 70
 BROKER_PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # Of the time that a stop signal leaves, so much is kept for leaving.
-LEAVE_MARGIN_S = 0.5
+LEAVE_MARGIN_S = 0.7
+# After what is held was put back, the main thread has so long to come back from the library.
+RELEASE_S = 0.2
 
 Answer = TypeVar("Answer")
 
@@ -68,6 +70,8 @@ class Drainer:
         self._stopped_at: float | None = None
         self._last_job_at: float | None = None
         self._stuck_at = -1  # how many were ready after the last pass that ran nothing
+        self._idle = threading.Event()  # cleared while the library works
+        self._idle.set()
         self.passes = 0
         self.phase = "starting"
 
@@ -97,11 +101,12 @@ class Drainer:
             if backlog is None and not self._stop.is_set():
                 self._work(None)
                 if self._stop.is_set():
-                    return self._hand_over(None)  # the command was interrupted; how much it left, nobody knows
+                    # The command was interrupted; what it left, nobody knows. Its exit code is its own, and was 0.
+                    return self._hand_over("whatever is left", 0)
             backlog = self._ask_broker(self._drain.backlog)
             if backlog is not None and backlog.ready:
                 if self._stop.is_set():
-                    return self._hand_over(backlog.ready)
+                    return self._hand_over(f"{backlog.ready} ready", EXIT_JOBS_LEFT)
                 continue
             if self._linger(backlog is None):
                 continue
@@ -119,10 +124,14 @@ class Drainer:
         before = self._pulse.done
         self._phase("working")
         self.passes += 1
-        code = self._ask_broker(lambda: self._drain.work(self._stop))
+        self._idle.clear()
+        try:
+            code = self._ask_broker(lambda: self._drain.work(self._stop))
+        finally:
+            self._idle.set()
         if code:
             if self._stop.is_set():
-                self._hand_over(None)
+                self._hand_over("whatever is left", code)
             raise _Ended(code, f"the worker ended with {code}")
         if self._pulse.done > before:
             self._last_job_at = self._now()
@@ -160,20 +169,27 @@ class Drainer:
                 self._stop.wait(BROKER_PAUSES_S[min(attempt, len(BROKER_PAUSES_S) - 1)])
         raise AssertionError("count() does not end")
 
-    def _hand_over(self, left: int | None) -> Outcome:
-        """Told to stop with jobs left (None: nobody knows): another machine takes them, or the exit code says so.
-
-        A command's exit code is its own, so not knowing is not an error.
-        """
+    def _hand_over(self, left: str, otherwise: int) -> Outcome:
+        """Told to stop with jobs left: another machine takes them, or the run ends with *otherwise*."""
         stopped_at = self._stopped_at if self._stopped_at is not None else self._now()
         budget = self._config.stop_timeout_s - LEAVE_MARGIN_S - (self._now() - stopped_at)
         self._phase("handing-over")
         taken_by = self._pass_baton(self._config, self._line.depth, budget)
-        what = "whatever is left" if left is None else f"{left} ready"
-        log("baton.taken" if taken_by else "baton.not_taken", by=taken_by or "nobody", left=repr(what))
+        log("baton.taken" if taken_by else "baton.not_taken", by=taken_by or "nobody", left=repr(left))
         if taken_by:
-            return Outcome(0, f"told to stop with {what}, and machine {taken_by} took over")
-        return Outcome(EXIT_JOBS_LEFT if left else 0, f"told to stop with {what}, and nobody took over")
+            return Outcome(0, f"told to stop with {left}, and machine {taken_by} took over")
+        return Outcome(otherwise, f"told to stop with {left}, and nobody took over")
+
+    def time_is_up(self) -> Outcome | None:
+        """After a stop, on a thread of its own: wait for the library; if it does not stop in time, put back what it
+        holds. Returns how the run ends if the main thread cannot be had back even then."""
+        if self._idle.wait(self._config.drain_stop_s):
+            return None
+        log("drainer.out_of_time", after_s=self._config.drain_stop_s, running=self._pulse.running)
+        self._drain.release()
+        if self._idle.wait(RELEASE_S):
+            return None
+        return self._hand_over("a job that did not stop", EXIT_JOBS_LEFT)
 
     def _phase(self, phase: str) -> None:
         self.phase = phase
@@ -193,9 +209,26 @@ def drain(
         return pulse.running, pulse.slots, pulse.done, pulse.failed, phase
 
     def stopped() -> None:
+        stop.set()
         if drainer is not None:
             drainer.stopped()
-        stop.set()
+            threading.Thread(target=guard, daemon=True).start()
+
+    def guard() -> None:
+        if drainer is not None and (outcome := drainer.time_is_up()) is not None:
+            end(outcome)
+
+    def end(outcome: Outcome) -> NoReturn:
+        passes = drainer.passes if drainer is not None else 0
+        log(
+            "drainer.left",
+            code=outcome.code,
+            why=repr(outcome.why),
+            jobs=pulse.done,
+            failed=pulse.failed,
+            passes=passes,
+        )
+        _leave(outcome.code)
 
     line = Line(config.socket, report, stopped, first_s=config.boot_s)
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -211,6 +244,8 @@ def drain(
         log("drainer.not_started", why=repr(str(error)))
         _leave(error.exit_code)
     drainer = Drainer(config, queue_drain, pulse, line, stop, pass_baton=pass_on)
+    if stop.is_set():
+        drainer.stopped()
     line.attach()
     try:
         outcome = drainer.run()
@@ -219,15 +254,7 @@ def drain(
 
         traceback.print_exc()
         outcome = Outcome(EXIT_CRASHED, "the drain crashed")
-    log(
-        "drainer.left",
-        code=outcome.code,
-        why=repr(outcome.why),
-        jobs=pulse.done,
-        failed=pulse.failed,
-        passes=drainer.passes,
-    )
-    _leave(outcome.code)
+    end(outcome)
 
 
 def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse) -> Drain:

@@ -45,8 +45,6 @@ LISTENER_RETRIES = 2
 # One that does start, but ends so often within so many seconds, is given up, too.
 LISTENER_DEATHS = 5
 LISTENER_DEATHS_S = 30.0
-# The listener refuses wakes until the drainer is gone, so it is given a little longer.
-LISTENER_EXTRA_S = 1.0
 # Kept of the stop timeout for our own end, when it is us who pass the baton.
 LEAVE_MARGIN_S = 0.3
 
@@ -263,12 +261,12 @@ def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: f
     fds = (public.fileno(), doorway.fileno())
     python = [sys.executable, _ENTRY]
     machine.supervise([
-        _ProgramConfig(machine.options, "drainer", [*python, "drain", *target], environ=environ, stop_s=config.drain_stop_s),
+        _ProgramConfig(machine.options, "drainer", [*python, "drain", *target], environ=environ, stop_s=config.kill_s),
         _ProgramConfig(
             machine.options, "listener", [*python, "listen", "--inherited", f"{fds[0]},{fds[1]},{bound_at!r}"],
             # The listener speaks no TLS, and reading the certificates costs a fifth of its start (aiohttp does it at import).
             environ={**environ, "SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}, inherited=fds,
-            stop_s=config.drain_stop_s + LISTENER_EXTRA_S, start_s=LISTENER_START_S, restart=RestartUnconditionally,
+            stop_s=config.stop_timeout_s, start_s=LISTENER_START_S, restart=RestartUnconditionally,
         ),
     ])  # fmt: skip
     # Nobody will accept any more: a connect that is refused at once is better than one that hangs.

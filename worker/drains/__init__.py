@@ -54,6 +54,9 @@ class Drain(Protocol):
         Returns 0, or the exit code that this run of the machine must end with.
         """
 
+    def release(self) -> None:
+        """The time after a stop is up, and `work` has not returned: put back what is held. From another thread."""
+
 
 class UnknownQueue(NamedTuple):
     """No drain is known for this object."""

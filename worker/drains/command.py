@@ -46,6 +46,12 @@ class Drain:
             self._pulse.done += 1
         return code if code >= 0 else 128 - code
 
+    def release(self) -> None:
+        """A command that does not stop is killed; what it held is its own queue's affair."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._process.kill()
+
     def _pass_stop_on(self, stop: threading.Event) -> None:
         stop.wait()
         with self._lock:

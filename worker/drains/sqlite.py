@@ -1,5 +1,6 @@
 """The embedded queue, `waker.SqliteQueue`. It runs its own jobs; there is nothing to set and nothing to wait for."""
 
+import sys
 import threading
 from typing import Any
 
@@ -26,10 +27,16 @@ class Drain:
         self._before = self._pulse.done
         try:
             self._queue.work(stop, self._progress)
+        except self._queue.Overran as error:
+            # Only the end of this process ends that job; the restart that a non-zero code brings takes up the rest.
+            print(f"{error}", file=sys.stderr, flush=True)
+            return int(error.exit_code)
         finally:
             self._pulse.running = 0
-            self._queue.release()
         return 0
+
+    def release(self) -> None:
+        self._queue.release()
 
     def _progress(self, running: int, done: int) -> None:
         self._pulse.running = running
