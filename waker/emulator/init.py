@@ -66,6 +66,8 @@ def main(argv: list[str]) -> None:
                 index, last = running.pop(pid), exit_code(status)
                 if len(commands) > 1:
                     report(control, f"exited {index} {last}")
+                if code is not None:
+                    continue
                 if last == 0 or on_failure in ("restart-machine", "stop") or len(commands) == 1:
                     code = last  # a machine stops when any of its processes ends without an error
                 elif on_failure == "restart-process":

@@ -10,6 +10,7 @@ from .events import Event, EventLog
 from .faults import Faults
 from .message import Reply
 from .platform import MachineInfo, Platform
+from .virtual import Program
 
 __all__ = ["LocalPlatform"]
 
@@ -22,7 +23,7 @@ class LocalPlatform:
     Its methods may be called from any thread but the platform's own, where event callbacks run.
     """
 
-    def __init__(self, command: Sequence[str] | None = None, **options: Any) -> None:
+    def __init__(self, command: Sequence[str] | Program | None = None, **options: Any) -> None:
         self._platform = Platform(command, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -155,5 +156,5 @@ class LocalPlatform:
         return self._call(self._platform.wait_for(condition, timeout_s, since=since))
 
     def wait_all_stopped(self, timeout_s: float = 60.0) -> None:
-        """Wait until no machine is up, on its way up, or to be restarted. Raise TimeoutError."""
+        """Wait until no machine is up, on its way up, or to be restarted, and no request could start one."""
         self._call(self._platform.wait_all_stopped(timeout_s))

@@ -366,6 +366,7 @@ class Platform:
                 return condition()
             return next((event for event in self._log.since(since) if event.type == condition), None)
 
+        name = getattr(condition, "__name__", condition)
         news = asyncio.Event()
         end = self._log.listen(lambda _: news.set())
         try:
@@ -375,16 +376,24 @@ class Platform:
                     await news.wait()
                 return result
         except TimeoutError:
-            raise TimeoutError(f"after {timeout_s} s: not {condition}; {self._summary()}") from None
+            raise TimeoutError(f"after {timeout_s} s: not {name}; {self._summary()}") from None
         finally:
             end()
 
     async def wait_all_stopped(self, timeout_s: float = 60.0) -> None:
-        """Wait until no machine is up, on its way up, or to be restarted. Raise TimeoutError."""
-        await self.wait_for(lambda: not any(each.state in ALIVE for each in self._machines.values()), timeout_s)
+        """Wait until no machine is up, on its way up, or to be restarted, and no request could start one.
+
+        Raise TimeoutError, which says what each machine's state is.
+        """
+
+        def quiet() -> bool:
+            return not self._proxy.open_requests and not any(each.state in ALIVE for each in self._machines.values())
+
+        await self.wait_for(quiet, timeout_s)
 
     def _summary(self) -> str:
-        return ", ".join(f"{machine.id} {machine.state}" for machine in self._machines.values())
+        states = ", ".join(f"{machine.id} {machine.state}" for machine in self._machines.values())
+        return f"{states}; {self._proxy.open_requests} requests under way"
 
     def _machine(self, machine_id: str) -> Machine:
         try:

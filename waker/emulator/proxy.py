@@ -282,17 +282,17 @@ class Proxy:
             attempts += 1
             machine = self._machines[choice.machine]
             machine.in_flight += 1  # in one step with the choice: the next request sees it
+            sent = request
             if wish.prefer not in (None, machine.id):
-                request = replace(
-                    request, headers=(*request.headers, ("fly-preferred-instance-unavailable", str(wish.prefer)))
-                )
+                missed = ("fly-preferred-instance-unavailable", str(wish.prefer))
+                sent = replace(request, headers=(*request.headers, missed))
             try:
                 others = replace(wish, besides=wish.besides | tried | {machine.id}, prefer=None)
                 alone = isinstance(
                     route(views, others, self._service.limits, knobs, world.rng, auto_start=self._service.auto_start),
                     Nobody | Full,
                 )
-                answer = await self._deliver(machine, request, number, alone=alone, may_start=wish.may_start)
+                answer = await self._deliver(machine, sent, number, alone=alone, may_start=wish.may_start)
             except _ElsewhereError as error:
                 self._release(machine)
                 tried.add(machine.id)
@@ -345,7 +345,7 @@ class Proxy:
             connection.close()
             raise FailedError(502, "PC05", "the machine did not answer in time") from None
         except ConnectionAbortedError as error:
-            raise FailedError(400, "PU04", str(error)) from error
+            raise FailedError(400, "PU02", str(error)) from error
         except ConnectionError as error:
             connection.close()
             if knobs.on_reset == "retry":
@@ -468,6 +468,11 @@ class Proxy:
     def _expire(self, pool: deque[tuple[Connection, Guest, float]]) -> None:
         while pool and pool[0][2] <= self._world.now():
             pool.popleft()[0].close()
+
+    @property
+    def open_requests(self) -> int:
+        """How many requests are not over."""
+        return self._open
 
     def close(self) -> None:
         """Close the idle connections."""

@@ -71,9 +71,12 @@ class HttpConnection:
         except h11.LocalProtocolError as error:
             self._writer.close()
             raise ConnectionAbortedError(f"cannot send this request: {error}") from error
-        except TooLargeToReplayError:
+        except (TooLargeToReplayError, ConnectionError):
             self._writer.close()
             raise
+        except Exception as error:
+            self._writer.close()
+            raise ConnectionAbortedError(f"cannot read this request to its end: {error}") from error
 
     async def _receive(self, upload: "asyncio.Task[None]") -> AsyncGenerator[bytes, None]:
         try:
