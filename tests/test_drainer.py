@@ -21,9 +21,10 @@ class World:
     crash of the listener replaces it, with the mark as the only memory.
     """
 
-    def __init__(self, plan, *, sticky=True):
+    def __init__(self, plan, *, sticky=True, command=False):
         self.plan = plan
         self.sticky = sticky
+        self.command = command  # its queue cannot be read
         self.place = 0
         self.ready = 0
         self.mark = OPEN
@@ -62,7 +63,7 @@ class World:
 
     def backlog(self):
         self.happen()
-        reading = Backlog(self.ready)
+        reading = None if self.command else Backlog(self.ready)
         self.happen()
         return reading
 
@@ -108,7 +109,7 @@ class World:
 def _plans(names, places):
     """Every way to put *names*, in their order where they are the app's, on so many places."""
     for spots in itertools.product(range(places), repeat=len(names)):
-        by_name = dict(zip(names, spots, strict=True))  # of two crashes, the later one; the other is where it is
+        by_name = dict(zip(names, spots, strict=True))
         if by_name["commit"] > by_name["ring"]:
             continue  # rule 15: enqueue, commit, then wake
         plan: dict[int, list[str]] = {}
@@ -142,6 +143,23 @@ def _lost(names, places, **options):
 def test_no_interleaving_loses_a_promised_job(names, places):
     """If the wake was accepted and the machine ends with 0, the job was run: listener crashes and stop signals anywhere."""
     assert _lost(names, places) == []
+
+
+@pytest.mark.parametrize(("names", "places"), [
+    (("commit", "ring"), 20),
+    (("commit", "ring", "crash"), 12),
+    (("commit", "ring", "crash", "crash"), 8),
+])  # fmt: skip
+def test_no_interleaving_loses_a_promised_job_of_a_command(names, places):
+    """The same for a queue that cannot be read: a pass for every ring, or no 0."""
+    assert _lost(names, places, command=True) == []
+
+
+def test_a_command_stopped_before_a_pass_never_says_that_its_queue_is_empty():
+    """Rung, or only just started, and then told to stop: nobody has read the queue."""
+    for place in range(4):
+        outcome = World({0: ["commit", "ring"], place: ["commit", "ring", "signal"]}, command=True).run()
+        assert outcome.code == 0 if place > 3 else "empty" not in outcome.why
 
 
 def test_without_the_mark_a_respawned_listener_promises_what_nobody_keeps():

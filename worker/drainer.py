@@ -19,6 +19,7 @@ from waker.load import load
 from . import aside
 from .baton import pass_on
 from .config import Config
+from .door import Token
 from .doorway import Left, Line, LineLostError, Wait
 from .drains import KNOWN, Backlog, Drain, Pulse, UnknownQueue, command, drain_for
 from .log import log
@@ -93,6 +94,7 @@ class Drainer:
         # The listener takes longer to start than we do. What is ready now need not wait for it: a reading without a
         # token is only ever followed by another one. A command cannot be read, so it waits for the first look.
         backlog = self._ask_broker(self._drain.backlog)
+        covered: Token | None = None  # what a command's last whole pass had been rung for
         while True:
             if backlog is not None and backlog.ready and not self._stop.is_set():
                 self._work(backlog)
@@ -103,6 +105,9 @@ class Drainer:
                 if self._stop.is_set():
                     # The command was interrupted; what it left, nobody knows. Its exit code is its own, and was 0.
                     return self._hand_over("whatever is left", 0)
+                covered = token
+            elif backlog is None and token != covered:
+                return self._hand_over("whatever is left", EXIT_JOBS_LEFT)
             backlog = self._ask_broker(self._drain.backlog)
             if backlog is not None and backlog.ready:
                 if self._stop.is_set():
