@@ -59,7 +59,7 @@ def bare(path: str, durability: str, jobs: int, *, index: bool = True) -> Iterat
         db.execute("insert into jobs (payload) values (?)", (payload,))
     yield
     first = "select id from jobs where taken = 0 order by id limit 1"
-    claim = f"update jobs set taken = 1 where id = ({first}) returning id, payload"
+    claim = f"update jobs set taken = 1 where id = ({first}) returning id, payload"  # noqa: S608
     for _ in range(jobs):
         ((job, _),) = db.execute(claim).fetchall()
         db.execute("delete from jobs where id = ?", (job,))

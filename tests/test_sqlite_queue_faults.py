@@ -383,6 +383,17 @@ print("there", len(ids))
     assert app.counts().ready == int(process.saw("there").split()[1])
 
 
+def test_a_full_disk_by_sqlite_s_own_word_is_an_error_too(app):
+    job = app.enqueue("note", "x")
+    db = app._store.borrow()
+    db.execute("pragma max_page_count = 1")  # it does not shrink: no page is left
+    app._store.give_back(db)
+    with pytest.raises(QueueError, match=r"jobs.db: the disk is full: make room; the job was not enqueued"):
+        while True:
+            app.enqueue("note", "x" * 3000)
+    assert app.enqueue("note", "a new connection, without the limit") > job
+
+
 def test_a_read_only_file_is_an_error_that_says_what_to_change(app, processes, tmp_path):
     app.enqueue("note", "a")
     app.close()

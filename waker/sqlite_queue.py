@@ -98,6 +98,7 @@ class Task(Generic[P, R]):
         self._queue = queue
         self.__wrapped__ = fn
         self.__doc__ = fn.__doc__
+        self.__name__ = getattr(fn, "__name__", name)
         self.__module__ = fn.__module__
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -252,10 +253,7 @@ class SqliteQueue:
             raise UsageError(f"queue.task: {name} is a generator function: calling it runs nothing of it")
         known = self.tasks.get(name)
         # The same function once more is a module that was reloaded.
-        if known is not None and (known.fn.__module__, getattr(known.fn, "__qualname__", None)) != (
-            fn.__module__,
-            qualname,
-        ):
+        if known is not None and _place_of(known.fn) != _place_of(fn):
             raise UsageError(f"queue.task: two tasks are named {name!r}: give one of them another name=…")
         retries = self.retries if retries is None else retries
         backoff_s = self.backoff_s if backoff_s is None else backoff_s
@@ -298,11 +296,11 @@ class SqliteQueue:
 
         A job enqueued meanwhile, by a job or by anybody, is run in the same call. When *stop* is set nothing more is
         claimed, and this returns when what is running has ended; `release` does not wait for that. With a concurrency
-        of one, sync jobs run in the calling thread; otherwise up to that many run in threads, but a job whose worker
-        died while it ran it runs alone. *progress* is called with (running, done) whenever one of them has changed,
-        one call at a time, from any thread. Raises QueueError if the file cannot be used; a job that had ended by
-        then is recorded if that becomes possible within the lease, and runs again otherwise. Raises JobOverran as
-        `task` says. One call at a time per process.
+        of one, sync jobs run in the calling thread, otherwise in up to that many threads. Jobs whose worker died
+        while it ran them come last, and one at a time: one of them may be why. *progress* is called with (running,
+        done) whenever one of them has changed, one call at a time, from any thread. Raises QueueError if the file
+        cannot be used; a job that had ended by then is recorded if that becomes possible within the lease, and runs
+        again otherwise. Raises JobOverran as `task` says. One call at a time per process.
         """
         from .sqlite_worker import Shift
 
@@ -372,6 +370,10 @@ class SqliteQueue:
 
     def __repr__(self) -> str:
         return f"SqliteQueue({self.path!r})"
+
+
+def _place_of(fn: object) -> tuple[object, object]:
+    return getattr(fn, "__module__", None), getattr(fn, "__qualname__", fn)
 
 
 def _check_retrying(where: str, retries: object, backoff_s: object) -> None:

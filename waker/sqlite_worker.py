@@ -40,17 +40,20 @@ class Shift:
         self._stop = stop
         self._progress = progress
         self._me = Owner.current()
-        # Under which our jobs are held; None before the first claim and after a lease was lost. Set by the calling
-        # thread alone, unset by the heartbeat and by release(): what they compare is the id, which is never used
-        # twice.
+        # Under whom our jobs are held; None before the first claim and after a lease was lost. Set by the calling
+        # thread alone, unset by any: each compares the id first, which is never used twice.
         self._owner: int | None = None
         # Why no more is claimed: the first thing that went wrong in a slot. Set once, read by all.
         self._trouble: WakeError | None = None
-        # Guards the three counts below; held while progress is called, so that its calls are in order.
+        # Guards the three counts below and the queue's own; held while progress is called, so that its calls are in
+        # order.
         self._counting = threading.Lock()
         self._running = 0
         self._done = 0
         self._slots = 0
+        # A job whose worker died may be why it died, and shall not take others down that are suspected too: one at a
+        # time. Set by the calling thread, unset by the slot that ran it.
+        self._is_suspect_running = False
         self._news = threading.Event()
         self._over = threading.Event()
         self._heartbeat: threading.Thread | None = None
@@ -119,30 +122,33 @@ class Shift:
             self._news.clear()
             is_room = self._slots < self._queue.concurrency and not self._is_stopping()
             try:
-                claim = self._turn(None, enlist=True) if is_room else None
+                claim = self._turn(None, enlist=True, suspects=not self._is_suspect_running) if is_room else None
+                if claim is None and is_room and self._recover():
+                    continue
             except WakeError as error:
                 # Raised when the slots are done: what they run is not to be put back while it runs.
                 self._trouble = self._trouble or error
                 continue
             if claim is not None:
+                is_suspect = self._is_suspect_running = claim.attempts > 1
                 with self._counting:
                     self._slots += 1
-                threading.Thread(target=self._be_a_slot, args=(claim,), name=f"job-{claim.id}", daemon=True).start()
+                thread = threading.Thread(target=self._be_a_slot, args=(claim, is_suspect), daemon=True)
+                thread.start()
             elif self._slots:
                 # Without room, or told to stop, only the end of a job is news.
                 self._news.wait(LOOK_S if is_room else None)
-            elif self._is_stopping():
-                return
-            # A job that was running when its worker died may be why: it runs with nobody beside it, in this thread.
-            elif (claim := self._turn(None, enlist=True, suspects=True)) is not None:
-                self._turn(self._run_job(claim), claiming=False)
-            elif not self._recover():
+            else:
                 return
 
-    def _be_a_slot(self, claim: Claim | None) -> None:
+    def _be_a_slot(self, claim: Claim | None, is_suspect: bool) -> None:
         try:
             while claim is not None:
-                claim = self._turn(self._run_job(claim))
+                ended = self._run_job(claim)
+                if is_suspect:
+                    is_suspect = self._is_suspect_running = False
+                    self._news.set()
+                claim = self._turn(ended)
         except WakeError as error:
             self._trouble = self._trouble or error
         finally:
@@ -150,17 +156,14 @@ class Shift:
                 self._slots -= 1
             self._news.set()
 
-    def _turn(
-        self, ended: Ended | None, *, claiming: bool = True, enlist: bool = False, suspects: bool = False
-    ) -> Claim | None:
-        """Settle what ended, claim the next job, and say so. Without *enlist*, nothing is claimed once the lease is
-        lost."""
+    def _turn(self, ended: Ended | None, *, enlist: bool = False, suspects: bool = False) -> Claim | None:
+        """Settle what ended, claim the next job, and say so. Only with *enlist* is a lost lease replaced."""
         if not self.is_ours():
             raise UsageError("a job forked, and its child came back from the job: end the child with os._exit()")
         deadline = time.monotonic() + self._queue.lease_s
         while True:
             owner = self._owner
-            claiming = claiming and not self._is_stopping() and (enlist or owner is not None)
+            claiming = not self._is_stopping() and (enlist or owner is not None)
             try:
                 if claiming:
                     turn = self._store.turn(self._me, owner, self._queue.lease_s, ended, suspects=suspects)
@@ -263,9 +266,11 @@ class Shift:
             result = task.fn(*args, **kwargs)
         # Asked of the result, not of the function: a decorator may have hidden that it is async.
         if result is not None and hasattr(result, "__await__"):
-            if self._queue._loop is None or not self._queue._loop.is_ours():
-                self._queue._loop = EventLoop()
-            self._queue._loop.run(result, task.timeout_s)
+            with self._counting:  # two slots may need the first one
+                loop = self._queue._loop
+                if loop is None or not loop.is_ours():
+                    loop = self._queue._loop = EventLoop()
+            loop.run(result, task.timeout_s)
 
     def _call_in_thread(self, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         results: list[Any] = []
@@ -298,7 +303,7 @@ class Shift:
         said = "".join(traceback.format_exception_only(error)).strip()
         # Without our own frames; and its end, where it says what went wrong, if it is too long.
         frames = "".join(traceback.format_tb(_frames_of_the_job(error)))
-        text = f"{frames}{said}"[-MAX_ERROR_CHARS:]
+        text = f"{frames}{said}"[-MAX_ERROR_CHARS:].encode(errors="replace").decode()
         now = self._store.now()
         if claim.attempts >= claim.max_attempts:
             outcome = {"dead": "yes"}
