@@ -409,7 +409,7 @@ def test_the_watch_finds_the_probe_of_a_queue_or_of_its_subclass(queue):
     queue.task(name="note")(print).enqueue()
     assert probe_for(queue)() == (1, 0, None)
     assert probe_for(Mine(queue.path))() == (1, 0, None)
-    with pytest.raises(UsageError, match=r"builtins.dict is no queue .*waker.sqlite_queue.SqliteQueue"):
+    with pytest.raises(UsageError, match=r"builtins\.dict.*waker\.sqlite_queue\.SqliteQueue"):
         probe_for({})
 
 
@@ -437,11 +437,11 @@ def test_every_state_has_an_index_so_that_a_long_queue_is_no_slow_one(queue):
 
     db = sqlite3.connect(queue.path)
     statements = {
-        sqlite_store.CLAIM: (1, 0.0, 0),
-        sqlite_store.WAITING: (0.0,),
+        sqlite_store.CLAIM: (1, 0.0, 0.0, 0, 1),
+        sqlite_store.WAITING: (0.0, 0.0),
         sqlite_store.HELD: (),
         sqlite_store.COUNTS: (),
-        sqlite_store.TAKE_BACK: (1, 0.0, ""),
+        sqlite_store.TAKE_BACK: (0.0, "", 1),
         sqlite_store.PUT_BACK: (1,),
     }
     for statement, values in statements.items():

@@ -61,17 +61,17 @@ create table owners (
 # not used again after the job is done: AUTOINCREMENT would do that too, for one more page written by each enqueue.
 INSERT = """
 insert into jobs (id, state, task, payload, max_attempts, enqueued_at, at)
-values (max(?1, 1 + coalesce((select max(id) from jobs), 0)), ?2, ?3, ?4, ?5, ?6, ?7)
+values (max(?, 1 + coalesce((select max(id) from jobs), 0)), ?, ?, ?, ?, ?, ?)
 """
 
 # Due ones first, then fresh ones in the order of enqueueing, then those that were running when their worker died: what
 # kills a worker shall not stand before what does not. A worker whose owner row is gone claims nothing.
 CLAIM = """
-update jobs set state = 2, owner = ?1, at = ?2, attempts = attempts + 1
+update jobs set state = 2, owner = ?, at = ?, attempts = attempts + 1
 where id = coalesce(
-    (select id from jobs where state = 1 and at <= ?2 order by at limit 1),
-    (select id from jobs where state = 0 and attempts <= ?3 order by attempts, id limit 1)
-) and exists (select 1 from owners where id = ?1)
+    (select id from jobs where state = 1 and at <= ? order by at limit 1),
+    (select id from jobs where state = 0 and attempts <= ? order by attempts, id limit 1)
+) and exists (select 1 from owners where id = ?)
 returning id, task, payload, attempts, max_attempts, owner
 """
 DONE = "delete from jobs where id = ? and owner = ? and attempts = ?"
@@ -84,9 +84,9 @@ RESIGN = "delete from owners where id = ?"
 PUT_BACK = "update jobs set state = 0, owner = null, at = null, attempts = attempts - 1 where state = 2 and owner = ?"
 TAKE_BACK = """
 update jobs set state = case when attempts < max_attempts then 0 else 3 end,
-    at = case when attempts < max_attempts then null else ?2 end,
-    error = ?3 || ' in attempt ' || attempts || ' of ' || max_attempts, owner = null
-where state = 2 and owner = ?1
+    at = case when attempts < max_attempts then null else ? end,
+    error = ? || ' in attempt ' || attempts || ' of ' || max_attempts, owner = null
+where state = 2 and owner = ?
 """
 OWNERS = "select id, lease_s, until, host, boot, pid_ns, pid, started from owners"
 HELD = """
@@ -94,8 +94,8 @@ select count(*), lease_s, until, host, boot, pid_ns, pid, started
 from jobs join owners on owners.id = jobs.owner where state = 2 group by owners.id
 """
 WAITING = """
-select (select count(*) from jobs where state = 0), (select count(*) from jobs where state = 1 and at <= ?1),
-    (select min(at) from jobs where state = 1 and at > ?1)
+select (select count(*) from jobs where state = 0), (select count(*) from jobs where state = 1 and at <= ?),
+    (select min(at) from jobs where state = 1 and at > ?)
 """
 COUNTS = """
 select (select count(*) from jobs where state = 0), (select count(*) from jobs where state = 1),
@@ -231,6 +231,12 @@ class Store:
             while self._idle:
                 self._idle.pop().close()
 
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:  # noqa: S110 - when the interpreter ends, there may be nothing left to do it with
+            pass
+
     # Enqueueing and looking
 
     def insert(self, task: str, payload: str, delay_s: float, max_attempts: int) -> int:
@@ -246,7 +252,7 @@ class Store:
         now = self.now()
         with _Loan(self, "its backlog is unknown") as db:
             db.execute("begin")  # one snapshot for both
-            ready, due, next_at = db.execute(WAITING, (now,)).fetchone()
+            ready, due, next_at = db.execute(WAITING, (now, now)).fetchone()
             held = db.execute(HELD).fetchall()
             db.execute("commit")
         ready += due
@@ -305,7 +311,7 @@ class Store:
             if claimant is None:
                 claimant = db.execute(ENLIST, (*me, lease_s, now + lease_s)).lastrowid
             # fetchall: the statement is over, and the row lock-free, only when its last row has been read.
-            rows = db.execute(CLAIM, (claimant, now, ANY_ATTEMPTS if suspects else 0)).fetchall()
+            rows = db.execute(CLAIM, (claimant, now, now, ANY_ATTEMPTS if suspects else 0, claimant)).fetchall()
             if rows:
                 db.execute("commit")
                 return Turn(Claim._make(rows[0]), claimant, settled)
@@ -352,7 +358,7 @@ class Store:
             for owner, until, error in gone:
                 # It may have renewed its lease since we looked, or somebody else took its jobs back.
                 if db.execute("delete from owners where id = ? and until = ?", (owner, until)).rowcount:
-                    taken += db.execute(TAKE_BACK, (owner, now, error)).rowcount
+                    taken += db.execute(TAKE_BACK, (now, error, owner)).rowcount
             db.execute("commit")
             return taken
 
