@@ -625,9 +625,13 @@ def _metrics_ring(d: Deployment) -> Finds:
     "like {instead}",
 )
 def _shell_form(d: Deployment) -> Finds:
-    if d.command is not None and _behind_a_shell(d.command.words):
+    if d.command is None:
+        return
+    # A CMD in shell form comes as a shell's words after those of the ENTRYPOINT.
+    words = d.command.words[-3:] if d.command.shell_form else d.command.words
+    if _behind_a_shell(words):
         how = "the shell form runs" if d.command.shell_form else "this runs"
-        yield d.command.at, {"how": how, "instead": _exec_form(_script(d.command.words))}
+        yield d.command.at, {"how": how, "instead": _exec_form(_script(words))}
 
 
 @_rule(

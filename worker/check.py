@@ -18,7 +18,7 @@ from waker.load import load
 from waker.rules import Deployment, Finding, Queue
 
 from . import aside
-from .drains import UnknownQueue, drain_for
+from .drains import UnknownQueue, drain_for, install_hint
 from .manifest import ManifestError, read
 
 __all__ = ["check"]
@@ -64,10 +64,13 @@ def check(args: argparse.Namespace, environ: MutableMapping[str, str]) -> int:
 
 
 def _queue(target: str, deployments: list[Deployment]) -> Queue | None:
-    """Import *target*; what the rules look at if it is an embedded queue. Raises LoadError, for an unknown queue too."""
+    """Import *target*; if it is an embedded queue, what the rules look at. Raises LoadError, also if it is no queue."""
     here = os.getcwd()
     aside.step_aside(here)
-    loaded = load(target)
+    try:
+        loaded = load(target)
+    except LoadError as error:
+        raise LoadError(f"{error}{install_hint(error.__cause__)}") from error
     name = drain_for(loaded)
     if isinstance(name, UnknownQueue):
         raise LoadError(f"{target!r}: {name.why}; a command is run with: worker up -- COMMAND")

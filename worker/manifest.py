@@ -36,7 +36,7 @@ class ManifestError(Exception):
 
 
 class Manifest(NamedTuple):
-    """What was read: a deployment for each process group that runs the worker, fly.toml's [env], and the files' names."""
+    """What was read: a deployment for each process group that runs the worker, [env], and the names of the files."""
 
     deployments: tuple[Deployment, ...]
     env: dict[str, str]
@@ -231,9 +231,13 @@ class _Fly:
 
     def where(self, path: str) -> str:
         """The line of *path*, or of the nearest thing above it that has one."""
-        while path and path not in self._lines:
+        while path:
+            # A table where several may stand is the first of one, and has no number in the file.
+            for name in (path, path.replace("[0]", "")):
+                if name in self._lines:
+                    return f"{self._file}:{self._lines[name]}"
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
-        return f"{self._file}:{self._lines.get(path, 1)}"
+        return f"{self._file}:1"
 
     def get(self, path: str) -> Any:
         found: Any = self._content
