@@ -39,7 +39,7 @@ class Interrupted(WakeError):  # noqa: N818 - what happened, like NotWoken
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do. *keep*: None removes the files at the end, "" keeps them; else the folder to make and keep them in."""
+    """What to do. *keep*: None removes the files at the end, "" keeps them; else the folder to keep them in."""
 
     jobs: int
     machines: int
@@ -173,7 +173,9 @@ def run(plan: Plan, show: Show, environ: Mapping[str, str], signalled: Callable[
                     proceed()
                 show.say(f"{_count(plan.jobs, 'job')} enqueued: a checksum and a thumbnail of each picture")
                 result = _wake_and_wait(plan, folder, checksums, show, environ, proceed)
-                stuck = [f"job {job.id} is {job.state}: {_last_line(job.error)}" for job in queue.jobs(limit=3)]
+                stuck = [
+                    f"the job for {job.args[0]} is {job.state}: {_last_line(job.error)}" for job in queue.jobs(limit=3)
+                ]
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -262,9 +264,7 @@ def _wake_and_wait(
             _worker_up(), machines=plan.machines, env=_machine_env(environ), cwd=folder, seed=plan.seed, log=write
         )
         with platform:
-            show.say(
-                f"{_count(plan.machines, 'machine')} stopped, on an emulated platform; each runs `worker up {APP}`"
-            )
+            show.say(f"{_count(plan.machines, 'machine')}, stopped; what runs in each: `worker up {APP}`")
             began_at = platform.now
             wake = _Wake(platform.url, plan.machines)
             wake.start()

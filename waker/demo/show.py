@@ -109,7 +109,7 @@ class Live(Nothing):
         from rich.console import Group
 
         bar = _line_with_bar("jobs", moment.done, moment.jobs, f"{moment.at_s:.1f} s")
-        self._draw(Group("", self._table(moment), "", bar))
+        self._draw(Group(self._table(moment), bar))
 
     def end(self, result: Result) -> None:
         # All of it, also where the screen is too low to draw in place.
@@ -170,21 +170,17 @@ def summary(result: Result) -> list[tuple[str, str]]:
     wake, count, wall_s = result.wake, len(result.machines), result.wall_s
     lines = []
     if wake is not None:
-        how = f"{_count(wake.requests, 'request')} in {_count(wake.rounds, 'round')}"
-        lines.append(
-            (
-                "woken",
-                f"{wake.distinct} of {wake.requested} machines, {wake.cold} cold, in {wake.elapsed_s:.2f} s; {how}",
-            )
-        )
+        found = f"{wake.distinct} of {_count(wake.requested, 'machine')}, {wake.cold} cold, in {wake.elapsed_s:.2f} s"
+        asked = f"{_count(wake.requests, 'request')} in {_count(wake.rounds, 'round')}"
+        lines.append(("woken", f"{found}; {asked}"))
     share = 100 * result.useful_s / result.billed_s if result.billed_s else 0
-    fleet = f"{count} that never stop: {count * wall_s:.2f} s for the same {wall_s:.2f} s, and as much again for each"
+    fleet = f"{count * wall_s:.2f} s for these {wall_s:.2f} s, and {count} s more in every second from now on"
     lines += [
         ("jobs", f"{result.done} done, {result.lost} lost, {result.duplicated} run twice; every result was read back"),
-        ("billed", f"{result.billed_s:.2f} s started, {result.useful_s:.2f} s of it useful, with a job running ({share:.0f} %)"),
-        ("beside it", f"{fleet}\n{wall_s:.2f} s without work, in which ours stay stopped"),
-        ("not real", "the platform and its delays are emulated; jobs, processes, seconds are real"),
-    ]  # fmt: skip
+        ("billed", f"{result.billed_s:.2f} s started, {result.useful_s:.2f} s of it useful: a job ran ({share:.0f} %)"),
+        ("always on", fleet),
+        ("emulated", "the platform and its delays; jobs, processes and seconds are real"),
+    ]
     if result.folder is not None:
         lines.append(("files", result.folder))
     return [*lines, *(("failed", problem) for problem in result.problems)]
