@@ -12,7 +12,11 @@ from waker import protocol
 
 from .config import Config
 
-__all__ = ["pass_on"]
+__all__ = ["EXIT_PASS_IT_ON", "pass_on"]
+
+# A drainer whose library did not stop in time: everything is put back, only its own end ends the job that still runs,
+# so its parent passes the baton. The machine then ends with 0 if it was taken, and with 75 if not.
+EXIT_PASS_IT_ON = 76
 
 # The proxy may send the first two to the machine that is stopping, which holds them: the third goes elsewhere.
 AT_ONCE = 3

@@ -27,7 +27,7 @@ from supervisor.process import Subprocess
 from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.supervisord import Supervisor
 
-from .baton import pass_on
+from .baton import EXIT_PASS_IT_ON, pass_on
 from .config import Config, to_environ
 from .log import log
 from .sockets import STOP_SIGNALS, Signals, bind_doorway, let_signals_in
@@ -38,7 +38,7 @@ __all__ = ["up"]
 EXIT_NO_LISTENER = 70
 # No drainer could be started: EX_OSERR.
 EXIT_NO_DRAINER = 71
-EXIT_WEDGED = 75
+EXIT_JOBS_LEFT = 75
 # A listener that ends sooner after its start has failed to start; supervisor tries again after 1, then 2 s.
 LISTENER_START_S = 1
 LISTENER_RETRIES = 2
@@ -219,7 +219,7 @@ class _Machine(Supervisor):  # type: ignore[misc]
         self.killed = code < 0
         self.code = 128 - code if code < 0 else code
         if self.killed and _read(self._mark).startswith("wedged"):
-            self.code = EXIT_WEDGED
+            self.code = EXIT_JOBS_LEFT
         # What a killed library leaves behind, like the children of its pool, ends with it.
         try:
             os.killpg(pid, signal.SIGKILL)
@@ -275,7 +275,7 @@ def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: f
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-    code = _exit_code(config, machine)
+    code = _exit_code(config, machine, is_command="--" in target)
     for path in (config.mark, config.socket):
         _remove(path)
     try:
@@ -286,19 +286,24 @@ def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: f
     os._exit(code)
 
 
-def _exit_code(config: Config, machine: _Machine) -> int:
-    """The machine's exit code; passes the baton where the drainer was killed and could not say what it leaves."""
+def _exit_code(config: Config, machine: _Machine, *, is_command: bool) -> int:
+    """The machine's exit code; passes the baton where the drainer was killed or had a job that did not stop."""
     if machine.gave_up:
         log("machine.gave_up", why=repr(machine.gave_up))
         return machine.code or EXIT_NO_LISTENER
     if machine.code is None:
         return EXIT_NO_DRAINER
-    if machine.killed and machine.stopped_at is not None:
-        depth = _read(config.mark).split()[1:2]
-        left_s = config.stop_timeout_s - LEAVE_MARGIN_S - (time.monotonic() - machine.stopped_at)
-        taken_by = pass_on(config, int(depth[0]) if depth else 0, left_s)
-        log("baton.taken" if taken_by else "baton.not_taken", by=taken_by or "nobody", left="'the drainer was killed'")
-    return machine.code
+    passed_up = machine.code == EXIT_PASS_IT_ON and not is_command
+    if machine.stopped_at is None or not (machine.killed or passed_up):
+        return machine.code
+    depth = _read(config.mark).split()[1:2]
+    left_s = config.stop_timeout_s - LEAVE_MARGIN_S - (time.monotonic() - machine.stopped_at)
+    taken_by = pass_on(config, int(depth[0]) if depth else 0, left_s)
+    why = "a job did not stop in time" if passed_up else "the drainer was killed"
+    log("baton.taken" if taken_by else "baton.not_taken", by=taken_by or "nobody", left=repr(why))
+    if passed_up:
+        return 0 if taken_by else EXIT_JOBS_LEFT
+    return machine.code  # what a killed library held may be lost: not 0, whoever took over
 
 
 def _read(path: str) -> str:

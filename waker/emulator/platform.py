@@ -61,7 +61,7 @@ class Platform:
 
     *env* is the whole environment of the machines besides what the platform sets, and PATH if absent.
     What stands in for the platform on one host: WORKER_PORT and PORT (each machine's own), TMPDIR (private, wiped at
-    each start) and WORKER_BATON (the proxy's address).
+    each start) and WORKER_BATON (the proxy's address, unless *env* has one).
 
     *knobs* choose among readings of the platform, *faults* switch misbehaviour on, *seed* repeats both.
     """
@@ -230,7 +230,7 @@ class Platform:
             "FLY_VM_MEMORY_MB": str(MEMORY_MB),
             "PORT": str(port),
             "PRIMARY_REGION": self._regions[0],
-            "WORKER_BATON": self.url,
+            "WORKER_BATON": self._env.get("WORKER_BATON", self.url),
             "WORKER_PORT": str(port),
         }
         if self._folder is not None:
