@@ -5,12 +5,15 @@ to each. Sources, in Fly's docs: reference/fly-proxy-autostop-autostart (start r
 apps/concurrency, networking/dynamic-request-routing (forced routing). Where they disagree, a knob decides.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .knobs import Knobs
 from .states import State
+
+if TYPE_CHECKING:
+    import random
 
 __all__ = ["DOWN", "UP", "Forward", "Full", "Limits", "Nobody", "Route", "Start", "View", "Wish", "route"]
 
@@ -82,7 +85,7 @@ def route(
     wish: Wish,
     limits: Limits,
     knobs: Knobs,
-    rng: random.Random,
+    rng: "random.Random",
     *,
     auto_start: bool = True,
     start_another: bool = False,
@@ -125,7 +128,7 @@ def _near(view: View, wish: Wish) -> tuple[bool, int]:
     return (bool(wish.prefer_regions) and view.region not in wish.prefer_regions, view.distance)
 
 
-def _pick(views: Sequence[View], wish: Wish, knobs: Knobs, rng: random.Random, turn: int) -> View:
+def _pick(views: Sequence[View], wish: Wish, knobs: Knobs, rng: "random.Random", turn: int) -> View:
     nearest = min(_near(view, wish) for view in views)
     views = [view for view in views if _near(view, wish) == nearest]
     if knobs.balance == "round-robin":
