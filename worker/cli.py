@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb == "listen":
         return _listen(config, args.inherited)
     if args.verb == "drain":
-        _drain(config, target, args.drain)
+        _drain(config, target, args.drain, args.queues)
     if public is None:
         print(f"worker up: {in_use}", file=sys.stderr)
         return EXIT_USAGE
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = ["--", *target] if not isinstance(target, str) else [target]
     try:
-        up(config, [*(["--drain", args.drain] if args.drain else []), *words], public, bound_at, signals)
+        named = ["--queues", ",".join(args.queues)] if args.queues else []
+        up(config, [*(["--drain", args.drain] if args.drain else []), *named, *words], public, bound_at, signals)
     except OSError as error:
         print(
             f"worker up: cannot make {config.socket}: {error.strerror}. Another place: WORKER_SOCKET", file=sys.stderr
@@ -65,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
 
 
-def _drain(config: Config, target: "str | list[str]", drain_name: str | None) -> NoReturn:
+def _drain(config: Config, target: "str | list[str]", drain_name: str | None, queues: tuple[str, ...]) -> NoReturn:
     from .drainer import drain
 
-    drain(config, target, drain_name, os.environ)
+    drain(config, target, drain_name, os.environ, queues=queues)
 
 
 def _listen(config: Config, inherited: str | None) -> int:
@@ -95,6 +96,10 @@ def _listen(config: Config, inherited: str | None) -> int:
     listen(config, public, doorway, bound_at=bound_at, under_parent=inherited is not None)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
 def _parse(arguments: list[str]) -> "tuple[argparse.Namespace, str | list[str]]":
     import argparse
 
@@ -112,6 +117,9 @@ def _parse(arguments: list[str]) -> "tuple[argparse.Namespace, str | list[str]]"
                                  help=f"{setting.help} [{setting.name}]".replace("%", "%%"))  # fmt: skip
     for verb in (up, drain):
         verb.add_argument("--drain", metavar="NAME", help="use this drain, whatever the type of the object")
+        verb.add_argument(
+            "--queues", metavar="NAMES", type=_names, default=(), help="only these queues of it, like high,low"
+        )
         verb.add_argument(
             "target", nargs="?", metavar="module:object", help="your queue, like myapp.tasks:queue; or -- COMMAND…"
         )

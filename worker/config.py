@@ -14,6 +14,10 @@ __all__ = ["SETTINGS", "Config", "ConfigError", "Setting", "early_port", "from_e
 STOP_MARGIN_S = 2.0
 # and so long before it, a drainer that is still there is killed.
 KILL_MARGIN_S = 0.5
+# Set by `worker up` for its two children alone.
+UNDER_PARENT = "WORKER_UNDER_PARENT"
+# What a machine is called where no platform names it.
+LOCAL = "local"
 # A unix socket's path is at most 107 bytes on Linux.
 MAX_SOCKET_PATH = 107
 
@@ -56,6 +60,11 @@ class Config(NamedTuple):
         return max(self.stop_timeout_s - KILL_MARGIN_S, self.stop_timeout_s * 3 / 4)
 
     @property
+    @property
+    def platform_id(self) -> str:
+        """The platform's name for this machine; "" elsewhere, where several machines may be called the same."""
+        return "" if self.machine == LOCAL else self.machine
+
     def mark(self) -> str:
         """The file that keeps a closed door closed for this run of the machine."""
         return self.socket + ".closed"
@@ -187,7 +196,8 @@ def from_environ(environ: Mapping[str, str], overrides: Mapping[str, str] | None
         values["baton"] = f"http://{app}.flycast" if app else ""
     if values["socket"] == ():
         values["socket"] = _default_socket(environ, machine or f"port-{values['port']}")
-    return Config(machine=machine or "local", app=app, **values)  # type: ignore[arg-type]  # each parser gives its field's type
+    under_parent = environ.get(UNDER_PARENT) == "1"
+    return Config(machine=machine or LOCAL, app=app, under_parent=under_parent, **values)  # type: ignore[arg-type]  # each parser gives its field's type
 
 
 def to_environ(config: Config) -> dict[str, str]:

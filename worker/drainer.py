@@ -21,7 +21,7 @@ from .baton import pass_on
 from .config import Config
 from .door import Token
 from .doorway import Left, Line, LineLostError, Wait
-from .drains import KNOWN, Backlog, Drain, Pulse, UnknownQueue, command, drain_for
+from .drains import NAMES, Backlog, Drain, Options, Pulse, UnknownQueue, command, drain_for, install_hint
 from .log import log
 from .sockets import let_signals_in
 
@@ -202,7 +202,12 @@ class Drainer:
 
 
 def drain(
-    config: Config, target: str | Sequence[str], drain_name: str | None, environ: MutableMapping[str, str]
+    config: Config,
+    target: str | Sequence[str],
+    drain_name: str | None,
+    environ: MutableMapping[str, str],
+    *,
+    queues: tuple[str, ...] = (),
 ) -> NoReturn:
     """Be the drainer of this machine: *target* is "module:object", or a command. Ends the process."""
     pulse = Pulse()
@@ -244,7 +249,7 @@ def drain(
     own = [config.app, f"http://{config.app}.flycast"] if config.app else []
     environ["WORKER_DRAINS"] = " ".join([*own, *([config.baton] if config.baton else [])])
     try:
-        queue_drain = _make(target, drain_name, pulse)
+        queue_drain = _make(target, drain_name, pulse, Options(queues, config.platform_id))
     except LoadError as error:
         log("drainer.not_started", why=repr(str(error)))
         _leave(error.exit_code)
@@ -267,10 +272,15 @@ def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse) -> 
     if not isinstance(target, str):
         return command.Drain(target, pulse)
     aside.step_aside(os.getcwd())
-    loaded = load(target)
-    name = drain_name or drain_for(loaded)
+    try:
+        loaded = load(target)
+    except LoadError as error:
+        raise LoadError(f"{error}{install_hint(error.__cause__)}") from error
+    name = drain_name or drain_for(loaded, options.queues)
     if isinstance(name, UnknownQueue):
         known = ", ".join(sorted(KNOWN))
+    if drain_name and drain_name not in NAMES:
+        raise LoadError(f"--drain {drain_name!r}: expected one of {', '.join(NAMES)}")
         raise LoadError(f"{target!r} is a {name.kind}, and no drain is known for it; known are {known}. "
                         "A drain can be named with --drain, and a command run with: worker up -- COMMAND")  # fmt: skip
     made: Drain = aside.late(f"worker.drains.{name}").Drain(loaded, pulse)

@@ -19,6 +19,7 @@ HELP = "wake for a backlog and for due times, as a safety net beside the nudges"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `waker watch` takes."""
     parser.add_argument("queue", metavar="MODULE:QUEUE", help="the queue, like myapp.tasks:queue")
+    parser.add_argument("--queues", default="", metavar="NAMES", help="only these queues of it, like high,low")
     parser.add_argument("--target", metavar="TARGET", help="the worker app's address (default: WAKER_TARGET)")
     parser.add_argument("--interval", type=float, default=30.0, metavar="SECONDS", help="between looks (default: 30)")
     parser.add_argument(
@@ -33,14 +34,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Watch until SIGTERM or SIGINT; with --once, 0 if nothing was needed or somebody was woken, 1 otherwise."""
     from ..client import Waker
+    from ..errors import LoadError
     from ..load import load
-    from ..queues import probe_for
+    from ..queues import install_hint, probe_for
     from ..watch import Watch
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        queue = load(args.queue)
+    except LoadError as error:
+        raise LoadError(f"{error}{install_hint(error.__cause__)}") from error
     waker = Waker(args.target)
     watch = Watch(
-        probe_for(load(args.queue)),
+        probe_for(queue, [name for name in args.queues.split(",") if name]),
         waker,
         interval_s=args.interval,
         jobs_per_machine=args.jobs_per_machine,

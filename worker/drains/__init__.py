@@ -1,18 +1,31 @@
 """Drains: a small module per queue library that runs the library's own worker until nothing is ready.
 
-A drain is loaded after the user's code, under a private name (`worker/aside.py`), so a drain module imports relatively, and
-its library inside functions. It has a class `Drain(target, pulse)` with what `Drain` below says.
+How one is written. A drain module is loaded after the user's code, when `worker` and `waker` may be names of the user's
+own modules, under a private name (`worker/aside.py`). So it imports its neighbours relatively, its library inside
+functions, and the probe of the same library with `late`, which finds our `waker` whatever that name means by then:
+
+    from ..aside import late
+    from . import Backlog, Options, Pulse, Refused
+
+    probe = late("waker.queues.rq")
+
+It has a class `Drain(target, pulse, options)` with what `Drain` below says; `rq.py` is the one to copy. Its library is
+registered in `waker.queues.LIBRARIES`, under the module's name.
 """
 
 import threading
 from typing import NamedTuple, Protocol
 
-__all__ = ["KNOWN", "Backlog", "Drain", "Pulse", "drain_for"]
+from ..aside import late
 
-# The module and name of an object's class → the drain for it, and the extra that installs the library.
-KNOWN = {
-    "waker.sqlite_queue.SqliteQueue": "sqlite",
-}
+__all__ = ["KNOWN", "NAMES", "Backlog", "Drain", "Options", "Pulse", "Refused", "UnknownQueue", "drain_for",
+           "install_hint"]  # fmt: skip
+
+_queues = late("waker.queues")
+# The module and name of an object's class → the drain for it.
+KNOWN: dict[str, str] = _queues.KNOWN
+# What --drain takes.
+NAMES: tuple[str, ...] = tuple(_queues.LIBRARIES)
 
 
 class Backlog(Protocol):
@@ -39,6 +52,18 @@ class Pulse:
         self.failed = 0
 
 
+class Options(NamedTuple):
+    """What a drain is told beside its target."""
+
+    queues: tuple[str, ...] = ()  # by name, as the library's users write them; none: those its own worker would take
+    # Only one drainer at a time has this name, so what an earlier one of that name holds is held by nobody. "" if unknown.
+    machine: str = ""
+
+
+class Refused(Exception):
+    """This target cannot be drained; the message ends the sentence "'myapp.tasks:app' cannot be drained: "."""
+
+
 class Drain(Protocol):
     """One library's worker, as the drainer sees it."""
 
@@ -61,13 +86,16 @@ class Drain(Protocol):
 class UnknownQueue(NamedTuple):
     """No drain is known for this object."""
 
-    kind: str
+    why: str
 
 
-def drain_for(target: object) -> str | UnknownQueue:
+def drain_for(target: object, queues: tuple[str, ...] = ()) -> str | UnknownQueue:
     """The name of the drain for *target*, by its class or the first base class that is known."""
-    for base in type(target).__mro__:
-        name = KNOWN.get(f"{base.__module__}.{base.__qualname__}")
-        if name is not None:
-            return name
-    return UnknownQueue(f"{type(target).__module__}.{type(target).__qualname__}")
+    name, why = _queues.name_of(target, queues)
+    return name or UnknownQueue(why)
+
+
+def install_hint(error: BaseException | None) -> str:
+    """What installs the module that *error* misses, as the end of a sentence; "" if it is none of ours to know."""
+    hint: str = _queues.install_hint(error)
+    return hint

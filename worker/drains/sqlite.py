@@ -4,7 +4,7 @@ import sys
 import threading
 from typing import Any
 
-from . import Backlog, Pulse
+from . import Backlog, Options, Pulse
 
 __all__ = ["Drain"]
 
@@ -12,7 +12,7 @@ __all__ = ["Drain"]
 class Drain:
     """Runs the jobs of one SqliteQueue in this process, with the queue's own concurrency."""
 
-    def __init__(self, target: Any, pulse: Pulse) -> None:
+    def __init__(self, target: Any, pulse: Pulse, _options: Options) -> None:
         self._queue = target
         self._pulse = pulse
         self._before = 0
