@@ -111,8 +111,11 @@ class Listener:
             response.headers[protocol.MACHINE] = self.config.machine
             if self.leaving or self.door.state != OPEN:
                 response.force_close()
-            await response.prepare(request)
-            await response.write_eof()
+            try:
+                await response.prepare(request)
+                await response.write_eof()
+            except ConnectionError:
+                pass  # the caller left while we held its answer; its wake counts all the same
             return response
         finally:
             self.handling -= 1
@@ -400,6 +403,11 @@ class Listener:
         """The parent closed our stdin, or is gone: the drainer has ended."""
         asyncio.get_running_loop().remove_reader(0)
         self.shut("the drainer has ended")
+        # From here on a connect is refused, and the proxy tries another machine; a reset might cost somebody's wake.
+        for server in self._servers:
+            server.close()
+        if self.public is not None:
+            self.public.shutdown(socket.SHUT_RDWR)
         self._later(self._end())
 
     async def _give_up(self) -> None:
