@@ -404,10 +404,10 @@ class Listener:
         asyncio.get_running_loop().remove_reader(0)
         self.shut("the drainer has ended")
         # From here on a connect is refused, and the proxy tries another machine; a reset might cost somebody's wake.
+        if self.public is not None and self.public.fileno() >= 0:
+            self.public.shutdown(socket.SHUT_RDWR)
         for server in self._servers:
             server.close()
-        if self.public is not None:
-            self.public.shutdown(socket.SHUT_RDWR)
         self._later(self._end())
 
     async def _give_up(self) -> None:
