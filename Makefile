@@ -14,7 +14,7 @@ SOAK_ROUNDS ?= 3000
 SOAK_SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint bench soak clean
+.PHONY: help venv install demo test lint bench soak readme clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r target what; do printf '  make %-9s %s\n' "$$target" "$$what"; done
@@ -40,6 +40,9 @@ bench: $(VENV)/.dev ## measure what must be reached, beside what it is compared 
 soak: $(VENV)/.dev ## the race at the end of a drain, thousands of times
 	SOAK_STARTS=$(SOAK_STARTS) SOAK_ROUNDS=$(SOAK_ROUNDS) SOAK_SEED=$(SOAK_SEED) \
 		$(BIN)/pytest tests/test_loop.py --timeout=0 $(ARGS)
+
+readme: $(VENV)/.dev ## write the tables of README.md anew from the code
+	$(BIN)/python tests/test_readme.py --write $(ARGS)
 
 clean: ## remove the environment and what tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist build

@@ -1,4 +1,4 @@
-"""`worker check`: each rule with a file that makes it fire and one that leaves it silent, and what cannot be checked."""
+"""`worker check`: each rule with a file that makes it fire and one that leaves it silent; what cannot be checked."""
 
 import json
 import os

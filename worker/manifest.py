@@ -27,8 +27,8 @@ KEYS = {
     "[restart]": "[[restart]]",
 }
 SWITCHES = {True: "stop", False: "off"}
-# Read by somebody of ours, though no setting: the demo's and the emulator's are not for a deployment.
-OTHER_NAMES = ("WAKER_TARGET", "WAKER_TOKEN", "WAKER_TIMEOUT_S")
+# Read by somebody of ours, though no setting of a worker.
+OTHER_NAMES = ("WAKER_TARGET", "WAKER_TOKEN", "WAKER_TIMEOUT_S", "WORKER_DRAINS", "WORKER_UNDER_PARENT")
 
 
 class ManifestError(Exception):
