@@ -171,7 +171,7 @@ FIRES = {
     "greet-zero": [(fly("[env]", '[env]\nWORKER_GREET_S = "0.0"'), "WORKER_GREET_S")],
     "queue-off-mount": [(fly('"/data/jobs.db"', '"/srv/jobs.db"'), None), (fly('"/data/jobs.db"', '"jobs.db"'), None)],
     "queue-one-machine": [({}, None)],
-    "durability": [({"tasks.py": 'durability="process"'}, None)],
+    "queue-setting": [({"tasks.py": 'durability="process"'}, None)],
 }
 CASES = [
     pytest.param(name, *case, id=f"{name}-{number}")

@@ -110,10 +110,9 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """An embedded queue: its file, as the machine will see it, and the durability it was made with."""
+    """An embedded queue: its file, as the machine will see it."""
 
     file: str
-    durability: str
     at: str
 
 
@@ -144,6 +143,7 @@ class Deployment:
     commands: Mapping[str, Command] = field(default_factory=dict)  # of every process group of the app
     image: Image | None = None
     queue: Queue | None = None
+    queue_settings: tuple[tuple[str, Mapping[str, str]], ...] = ()  # (place, setting, value, risk and remedy)
     complaints: tuple[tuple[str, str], ...] = ()
 
     def key(self, name: str) -> str:
@@ -790,15 +790,14 @@ def _queue_one_machine(d: Deployment) -> Finds:
 
 
 @_rule(
-    "durability",
+    "queue-setting",
     WARNING,
-    "the queue's durability",
-    "7 a host may be lost",
-    'durability="{given}": jobs of the last moments are lost with the host; leave it out, for "full"',
+    "the queue's settings",
+    "the queue library's own documentation",
+    "{setting}={value}: {risk}; {remedy}",
 )
-def _durability(d: Deployment) -> Finds:
-    if d.queue is not None and d.queue.durability != "full":
-        yield d.queue.at, {"given": d.queue.durability}
+def _queue_setting(d: Deployment) -> Finds:
+    yield from d.queue_settings
 
 
 # -- what several rules need -------------------------------------------------------------------------------------------

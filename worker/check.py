@@ -39,32 +39,28 @@ def check(args: argparse.Namespace, environ: MutableMapping[str, str]) -> int:
     if args.target:
         environ.update(manifest.env)  # the module is imported as it will be
         try:
-            queue = _queue(args.target, deployments)
+            deployments = _with_queue(args.target, deployments)
         except LoadError as error:
             about_target.append(Finding("target", rules.ERROR, args.target, str(error)))
-        else:
-            deployments = [dataclasses.replace(each, queue=queue) for each in deployments]
     found = dict.fromkeys([*about_target, *(finding for each in deployments for finding in rules.findings(each))])
     ordered = sorted(found, key=lambda finding: finding.severity != rules.ERROR)
     errors = sum(finding.severity == rules.ERROR for finding in ordered)
     code = EXIT_ERRORS if errors else 0
     files = " and ".join(manifest.files)
     if args.json:
-        found_dicts = [dataclasses.asdict(finding) for finding in ordered]
-        report = {"files": manifest.files, "errors": errors, "warnings": len(ordered) - errors, "findings": found_dicts}
+        as_json = [dataclasses.asdict(finding) for finding in ordered]
+        report = {"files": manifest.files, "errors": errors, "warnings": len(ordered) - errors, "findings": as_json}
         print(json.dumps(report))
         return code
     for finding in ordered:
         print(finding)
-    summary = (
-        f"{_count(errors, 'error')}, {_count(len(ordered) - errors, 'warning')}" if ordered else "nothing is wrong"
-    )
-    print(f"{files}: {summary}")
+    counts = f"{_count(errors, 'error')}, {_count(len(ordered) - errors, 'warning')}"
+    print(f"{files}: {counts if ordered else 'nothing is wrong'}")
     return code
 
 
-def _queue(target: str, deployments: list[Deployment]) -> Queue | None:
-    """Import *target*; if it is an embedded queue, what the rules look at. Raises LoadError, also if it is no queue."""
+def _with_queue(target: str, deployments: list[Deployment]) -> list[Deployment]:
+    """Import *target*, and add what the rules look at. Raises LoadError, also if no drain is known for it."""
     here = os.getcwd()
     aside.step_aside(here)
     try:
@@ -74,15 +70,16 @@ def _queue(target: str, deployments: list[Deployment]) -> Queue | None:
     name = drain_for(loaded)
     if isinstance(name, UnknownQueue):
         raise LoadError(f"{target!r}: {name.why}; a command is run with: worker up -- COMMAND")
-    if name != "sqlite":
-        return None
-    # A relative path was made absolute here; in the image it will be so below the working directory there.
-    path: str = loaded.path  # type: ignore[attr-defined]  # a SqliteQueue, loaded under the user's name for it
-    image = next((each.image for each in deployments if each.image is not None), None)
-    if image is not None and path.startswith(here.rstrip("/") + "/"):
-        path = os.path.join(image.workdir, os.path.relpath(path, here))
-    durability: str = loaded.durability  # type: ignore[attr-defined]  # same
-    return Queue(path, durability, target)
+    settings = tuple((target, found._asdict()) for found in aside.late("waker.queues").findings(loaded))
+    queue = None
+    if name == "sqlite":
+        # A relative path was made absolute here; in the image it will be so below the working directory there.
+        path: str = loaded.path  # type: ignore[attr-defined]  # a SqliteQueue, by the user's name for it
+        image = next((each.image for each in deployments if each.image is not None), None)
+        if image is not None and path.startswith(here.rstrip("/") + "/"):
+            path = os.path.join(image.workdir, os.path.relpath(path, here))
+        queue = Queue(path, target)
+    return [dataclasses.replace(each, queue=queue, queue_settings=settings) for each in deployments]
 
 
 def _count(number: int, what: str) -> str:

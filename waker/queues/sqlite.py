@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 from ..backlog import Backlog
-from . import Row
+from . import Finding, Row
 from .hook import Nudges, nudge_with
 
 if TYPE_CHECKING:
     from ..sqlite_queue import SqliteQueue
 
-__all__ = ["ROWS", "Nudges", "backlog", "nudge_on_enqueue"]
+__all__ = ["ROWS", "Nudges", "backlog", "findings", "nudge_on_enqueue"]
 
 ROWS = (
     Row(
@@ -18,7 +18,7 @@ ROWS = (
         "waker.queues.sqlite.nudge_on_enqueue(queue)",
         "everything; at once on the same host, elsewhere after lease_s (30 s)",
         "ready, running, delayed, retries, leases",
-        "a file outside a volume",
+        'a file outside a volume; `durability="process"`',
     ),
 )
 
@@ -36,3 +36,11 @@ def nudge_on_enqueue(queue: "SqliteQueue", waker: Nudges | None = None) -> None:
     A job enqueued for later nudges nobody: the watch wakes for it.
     """
     queue.after_enqueue(nudge_with(waker))
+
+
+def findings(queue: "SqliteQueue") -> list[Finding]:
+    """Its settings that lose jobs; where the file is, `worker check` looks at with what is mounted."""
+    if queue.durability == "full":
+        return []
+    risk, remedy = "jobs of the last moments are lost with the host", 'leave it out, for "full"'
+    return [Finding("durability", queue.durability, risk, remedy)]
