@@ -64,7 +64,7 @@ class Process:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WORKER_", "WAKER_", "FLY_"))}
         self.popen = subprocess.Popen(
             command, env={**inherited, **(env or {})}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, start_new_session=True, preexec_fn=preexec,  # noqa: PLW1509
+            text=True, start_new_session=True, preexec_fn=preexec,
         )  # fmt: skip
         self.pid = self.popen.pid
         self._changed = threading.Condition()
@@ -132,11 +132,11 @@ class Process:
 class Machine(Process):
     """`worker up …` on a port of its own."""
 
-    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None, cwd: str | None = None,
+    def __init__(self, *arguments: str, env: Mapping[str, str] | None = None, cwd: str | None = None, folder: str = BIN,
                  port: int | None = None, preexec: Callable[[], object] | None = None) -> None:  # fmt: skip
         self.port = port or free_port()
         environ = {"WORKER_PORT": str(self.port), "WORKER_GREET_S": "0", "WORKER_LINGER_S": "0", **(env or {})}
-        super().__init__([f"{BIN}/worker", "up", *arguments], env=environ, cwd=cwd, preexec=preexec)
+        super().__init__([f"{folder}/worker", "up", *arguments], env=environ, cwd=cwd, preexec=preexec)
 
     def ask(self, path: str = "/", **options) -> Answer:
         return ask(self.port, path, **options)

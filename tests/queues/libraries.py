@@ -1,0 +1,26 @@
+"""Every library of the contract: where it is installed from, its server, and what its own promises are."""
+
+from typing import NamedTuple
+
+
+class Library(NamedTuple):
+    """One line of the contract: a library on one broker."""
+
+    name: str
+    app: str  # the module in apps/
+    extra: str
+    server: str  # "redis", "postgres", "rabbit" or "files"
+    pins: tuple[str, ...] = ()
+    env: dict[str, str] = {}  # noqa: RUF012 - never written to
+    # What a SIGKILL leaves comes back within so many seconds, with the settings of apps/…; None: "loses the job".
+    back_s: float | None = 15.0
+    # ... and at once, where the same Machine starts again.
+    back_here: bool = False
+    retries: bool = True  # it has retries with a delay, and the watch can see when
+    short: bool = True  # also in the short form
+
+
+LIBRARIES = (
+    Library("rq", "rq_app", "rq", "redis", back_here=True),
+    Library("rq-simple", "rq_simple_app", "rq", "redis", back_s=None, back_here=True, short=False),
+)
