@@ -3,6 +3,7 @@
 import sqlite3
 
 import pytest
+
 from waker import SqliteQueue
 
 APP = """
@@ -105,7 +106,9 @@ def test_a_file_that_is_no_database_ends_the_machine_with_75(machines, folder):
 
 
 def test_a_crash_of_the_library_is_not_0(machines, folder):
-    """What is neither a job's failure nor a broker's absence is shown whole, and the platform starts the machine again."""
+    """What is neither a job's failure nor a broker's absence is shown whole, and the platform starts the machine
+    again.
+    """
     (folder / "odd.py").write_text(APP + "\nqueue.work = lambda *_: 1 / 0\n")
     _enqueue(folder, "a")
     machine = machines("odd:queue", cwd=str(folder))

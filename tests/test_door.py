@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from worker.door import LEFT, OPEN, SHUT, Door
 
 
@@ -71,9 +72,9 @@ def test_an_unknown_state_is_refused():
         Door("a", "ajar")
 
 
-# Every interleaving of one app (commit, ring) and one drainer, for each order that a drainer could keep. `steps` are the
-# drainer's; the app's two steps land anywhere between them, in their own order. A lost job: the ring was accepted, the
-# drainer left with 0, and the job is still there.
+# Every interleaving of one app (commit, ring) and one drainer, for each order that a drainer could keep. The steps are
+# the drainer's; the app's two steps land anywhere between them, in their own order. A lost job: the ring was accepted,
+# the drainer left with 0, and the job is still there.
 
 
 def _loses_a_job(order):

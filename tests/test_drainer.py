@@ -4,6 +4,7 @@ import itertools
 import threading
 
 import pytest
+
 from waker.backlog import Backlog
 from worker.config import from_environ
 from worker.door import LEFT, OPEN, SHUT, Door
@@ -141,7 +142,9 @@ def _lost(names, places, **options):
     (("commit", "ring", "crash", "signal"), 9),
 ])  # fmt: skip
 def test_no_interleaving_loses_a_promised_job(names, places):
-    """If the wake was accepted and the machine ends with 0, the job was run: listener crashes and stop signals anywhere."""
+    """If the wake was accepted and the machine ends with 0, the job was run: listener crashes and stop signals
+    anywhere.
+    """
     assert _lost(names, places) == []
 
 

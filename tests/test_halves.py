@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from harness import BIN, ask, free_port, until
+
 from waker import SqliteQueue, Waker
 from waker.emulator import Knobs
 
@@ -92,7 +93,9 @@ def test_a_drainer_that_never_comes_is_not_waited_for_for_ever(processes):
 
 @pytest.mark.parametrize("what_follows", ["restart-machine", "restart-process"])
 def test_the_promise_holds_as_far_as_the_platform_restarts(tmp_path, fly_platform, what_follows):
-    """What a failing process does in a Machine with two `processes` is undocumented: a knob, in both its kind readings."""
+    """What a failing process does in a Machine with two `processes` is undocumented: a knob, in both its kind
+    readings.
+    """
     (tmp_path / "app.py").write_text(APP)
     queue = SqliteQueue(tmp_path / "jobs.db", durability="process", backoff_s=0.05)
     note = queue.task(name="app:note")(lambda name: None)

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+
 from worker.config import from_environ
 from worker.door import LEFT, OPEN, SHUT
 from worker.listener import Listener
@@ -428,7 +429,8 @@ async def test_a_drainer_with_a_running_job_is_not_killed(house):
 
 async def test_a_drainer_that_left_but_stays_is_killed(house):
     """Rule 8: after a leave it has exit_s."""
-    script = ("import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); f = s.makefile('rw')\n"
+    script = ("import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
+              "f = s.makefile('rw')\n"
               "def ask(w):\n f.write(w + '\\n'); f.flush(); return f.readline()\n"
               "ask('attach'); t = ask('look').split()[1:]; ask('leave ' + ' '.join(t)); time.sleep(600)")  # fmt: skip
     async with house(WORKER_EXIT_S="0.2") as h:

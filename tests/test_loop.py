@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from harness import BIN, session_pids, until
+
 from waker import SqliteQueue, Waker
 from waker.emulator import Knobs
 

@@ -68,8 +68,10 @@ def test_a_second_stop_signal_does_not_break_the_first(machines):
 
 def test_a_drainer_that_ignores_the_stop_is_killed_before_the_platform_does_it(machines):
     """The kill deadline is below the platform's; what the command started goes with it."""
-    deaf = "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" \
-           "subprocess.Popen(['sleep', '60']); print('deaf', flush=True); time.sleep(60)"  # fmt: skip
+    deaf = (
+        "import signal, subprocess, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "subprocess.Popen(['sleep', '60']); print('deaf', flush=True); time.sleep(60)"
+    )
     machine = machines("--", PYTHON, "-c", deaf, env={"WORKER_STOP_TIMEOUT_S": "2"})
     machine.saw("deaf")
     machine.signal(signal.SIGTERM)
@@ -82,7 +84,8 @@ def test_a_signal_in_the_first_milliseconds_is_not_lost(machines):
     machine = machines("--", "sleep", "60")
     until(lambda: _listens(machine.port), "the port is bound")
     machine.signal(signal.SIGTERM)
-    assert machine.wait() in (0, 143)  # before the command was started, or after
+    # Before the command was started nobody has read its queue; after that the code is the command's own.
+    assert machine.wait() in (75, 143)
     assert "Traceback" not in machine.text()
 
 

@@ -4,7 +4,8 @@ App and image are deployed at different times, so both sides send a version, ign
 an absent one as its default. This file does not know which side it is on; it imports nothing but names.
 """
 
-from typing import Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 __all__ = [
     "AUTHORIZATION",

@@ -1,8 +1,8 @@
 """Our two package names are common ones: this is how they get out of the way of the user's own modules.
 
-A drainer imports all it needs of ours, calls `step_aside`, and only then imports user code. From there on `import worker`
-and `import waker` mean whatever they mean to the user. The few modules of ours that are chosen by what the user's code
-turned out to be come in through `late`, under a name that nobody else has.
+A drainer imports all it needs of ours, calls `step_aside`, and only then imports user code. From there on
+`import worker` and `import waker` mean whatever they mean to the user. The few modules of ours that are chosen by what
+the user's code turned out to be come in through `late`, under a name that nobody else has.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The baton: a machine that was told to stop wakes another one for what it leaves in the queue.
 
-Only after the library has put back what it held. A receipt with our own machine id is no receipt. Used by the drainer, and
-by the parent where the drainer could not say how it left things.
+Only after the library has put back what it held. A receipt with our own machine id is no receipt. Used by the
+drainer, and by the parent where the drainer could not say how it left things.
 """
 
 import queue

@@ -93,7 +93,7 @@ def _listen(config: Config, inherited: str | None) -> int:
         )
     from .listener import listen
 
-    listen(config, public, doorway, bound_at=bound_at, under_parent=inherited is not None)
+    return listen(config, public, doorway, bound_at=bound_at, under_parent=inherited is not None)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class Config(NamedTuple):
     socket: str
     machine: str
     app: str
+    under_parent: bool  # `worker up` started this process, and looks after what it leaves
 
     @property
     def drain_stop_s(self) -> float:
@@ -60,11 +61,11 @@ class Config(NamedTuple):
         return max(self.stop_timeout_s - KILL_MARGIN_S, self.stop_timeout_s * 3 / 4)
 
     @property
-    @property
     def platform_id(self) -> str:
         """The platform's name for this machine; "" elsewhere, where several machines may be called the same."""
         return "" if self.machine == LOCAL else self.machine
 
+    @property
     def mark(self) -> str:
         """The file that keeps a closed door closed for this run of the machine."""
         return self.socket + ".closed"
@@ -142,16 +143,16 @@ SETTINGS = (
     Setting("WORKER_LINGER_S", "linger_s", "1", _seconds, "seconds, like 2.5",
             "stay this long after the last job, in case more comes; a restart costs about as much. 0 leaves at once"),
     Setting("WORKER_HOLD_S", "hold_s", "0.5", _seconds, "seconds, like 0.5",
-            "hold an answer at most this long, so that the proxy sends the next wake to another machine. 0 never holds"),
+            "hold an answer at most so long, so that the proxy sends the next wake to another machine; 0 never holds"),
     Setting("WORKER_GREET_S", "greet_s", "2", _seconds, "seconds, like 2",
             "wait this long after the start for the request that started the machine; 0 where no request does"),
     Setting("WORKER_STOP_TIMEOUT_S", "stop_timeout_s", "5", _positive, "seconds above 0, like 5",
             "the platform's `kill_timeout`; the drainer gets two seconds less, the rest is for handing over"),
-    Setting("WORKER_TOKENS", "tokens", "", _tokens, "tokens of printable ASCII, separated by commas, new one and old one",
+    Setting("WORKER_TOKENS", "tokens", "", _tokens, "tokens of printable ASCII, separated by commas",
             "accept only requests with `Authorization: Bearer` and one of these; several during a rotation"),
     Setting("WORKER_BATON", "baton", "", _baton, "off, or a URL like http://my-worker.flycast",
-            "where a machine that is told to stop sends a wake for what it leaves; default http://$FLY_APP_NAME.flycast. "
-            "`off` when you mean to stop everything"),
+            "where a machine that is told to stop sends a wake for what it leaves, http://$FLY_APP_NAME.flycast unless "
+            "set; `off` when you mean to stop everything"),
     Setting("WORKER_REPLAY", "replay", "off", _replay, "off or elsewhere",
             "answer a closed door with `fly-replay: elsewhere=true`, for apps with several machines"),
     Setting("WORKER_SOCKET", "socket", "", _socket, f"a path of at most {MAX_SOCKET_PATH} bytes",
@@ -201,11 +202,12 @@ def from_environ(environ: Mapping[str, str], overrides: Mapping[str, str] | None
 
 
 def to_environ(config: Config) -> dict[str, str]:
-    """The variables that make `from_environ` give *config* again: how `worker up` tells its two children."""
+    """The variables with which `worker up` tells *config* to its two children."""
     texts = {setting.name: str(getattr(config, setting.field)) for setting in SETTINGS}
     texts["WORKER_TOKENS"] = ",".join(config.tokens)
     texts["WORKER_BATON"] = config.baton or "off"
     texts["WORKER_REPLAY"] = "elsewhere" if config.replay else "off"
+    texts[UNDER_PARENT] = "1"
     return texts
 
 

@@ -8,9 +8,9 @@ The words, one line each. The drainer says, and the listener answers in order:
     shut                                    shut DEPTH
     state RUNNING SLOTS DONE FAILED PHASE   (no answer)
 
-At any time the listener says `!ring N` (answer with a state, and read the queue), `!ask` (answer with a state) or `!stop`.
-The end of the connection without a leave means shut. A listener that was restarted has another boot id, so that an old
-token never closes its door; the line is made again by itself, and the drainer looks again.
+At any time the listener says `!ring N` (answer with a state, and read the queue), `!ask` (answer with a state) or
+`!stop`. The end of the connection without a leave means shut. A listener that was restarted has another boot id, so
+that an old token never closes its door; the line is made again by itself, and the drainer looks again.
 """
 
 import os
@@ -55,9 +55,9 @@ class Wait(NamedTuple):
 class Line:
     """The drainer's end. The main thread asks; a thread of our own reads, hears stop signals, and reports.
 
-    *report* gives (running, slots, done, failed, phase). *on_stop* is called once, on the line's thread, when the machine
-    is to stop: because of `signalled`, or because the listener said so. Every field below is written by the line's thread
-    alone, except `_socket` and `_wanted`, which are guarded by `_lock`.
+    *report* gives (running, slots, done, failed, phase). *on_stop* is called once, on the line's thread, when the
+    machine is to stop: because of `signalled`, or because the listener said so. Every field below is written by the
+    line's thread alone, except `_socket` and `_wanted`, which are guarded by `_lock`.
     """
 
     def __init__(self, path: str, report: Callable[[], tuple[int, int, int, int, str]], on_stop: Callable[[], None],

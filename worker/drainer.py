@@ -1,7 +1,7 @@
 """The drainer: look → work → backlog → leave, and the exit code that the machine ends with.
 
-It runs the user's own queue library in this process. All of our own code is imported before the user's is, and then steps
-aside (`worker/aside.py`).
+It runs the user's own queue library in this process. All of our own code is imported before the user's is, and then
+steps aside (`worker/aside.py`).
 """
 
 import itertools
@@ -17,7 +17,7 @@ from waker.errors import LoadError
 from waker.load import load
 
 from . import aside
-from .baton import pass_on
+from .baton import EXIT_PASS_IT_ON, pass_on
 from .config import Config
 from .door import Token
 from .doorway import Left, Line, LineLostError, Wait
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
     why: str
 
 
-class _Ended(Exception):
+class _Ended(Exception):  # noqa: N818 - what happened, not what went wrong
     """The run ends here, with this code and for this reason."""
 
     def __init__(self, code: int, why: str) -> None:
@@ -187,13 +187,18 @@ class Drainer:
 
     def time_is_up(self) -> Outcome | None:
         """After a stop, on a thread of its own: wait for the library; if it does not stop in time, put back what it
-        holds. Returns how the run ends if the main thread cannot be had back even then."""
+        holds. Returns how the run ends if the main thread cannot be had back even then.
+
+        Without a parent to pass the baton when the job has ended with us, it is passed while that job still runs.
+        """
         if self._idle.wait(self._config.drain_stop_s):
             return None
         log("drainer.out_of_time", after_s=self._config.drain_stop_s, running=self._pulse.running)
         self._drain.release()
         if self._idle.wait(RELEASE_S):
             return None
+        if self._config.under_parent:
+            return Outcome(EXIT_PASS_IT_ON, "a job did not stop in time, and was put back")
         return self._hand_over("a job that did not stop", EXIT_JOBS_LEFT)
 
     def _phase(self, phase: str) -> None:
@@ -267,10 +272,12 @@ def drain(
     end(outcome)
 
 
-def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse) -> Drain:
+def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse, options: Options) -> Drain:
     """Import the user's object and the drain for it. Raises LoadError."""
     if not isinstance(target, str):
         return command.Drain(target, pulse)
+    if drain_name and drain_name not in NAMES:
+        raise LoadError(f"--drain {drain_name!r}: expected one of {', '.join(NAMES)}")
     aside.step_aside(os.getcwd())
     try:
         loaded = load(target)
@@ -278,12 +285,16 @@ def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse) -> 
         raise LoadError(f"{error}{install_hint(error.__cause__)}") from error
     name = drain_name or drain_for(loaded, options.queues)
     if isinstance(name, UnknownQueue):
-        known = ", ".join(sorted(KNOWN))
-    if drain_name and drain_name not in NAMES:
-        raise LoadError(f"--drain {drain_name!r}: expected one of {', '.join(NAMES)}")
-        raise LoadError(f"{target!r} is a {name.kind}, and no drain is known for it; known are {known}. "
+        raise LoadError(f"{target!r}: no drain is known for it: {name.why}. "
                         "A drain can be named with --drain, and a command run with: worker up -- COMMAND")  # fmt: skip
-    made: Drain = aside.late(f"worker.drains.{name}").Drain(loaded, pulse)
+    # Of the drain's own package, as it is by now: the class of the same name above is another one.
+    refused: type[Exception] = aside.late("worker.drains").Refused
+    try:
+        made: Drain = aside.late(f"worker.drains.{name}").Drain(loaded, pulse, options)
+    except ModuleNotFoundError as error:
+        raise LoadError(f"{target!r} cannot be drained by {name}: {error}{install_hint(error)}") from error
+    except refused as error:
+        raise LoadError(f"{target!r} cannot be drained: {error}") from error
     return made
 
 

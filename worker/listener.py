@@ -1,7 +1,7 @@
 """The listener: answers any request, owns the door, and is the only one who promises anything.
 
-It runs in a process of its own, so that a wake is answered while the user's library is busy. What it knows of the drainer
-comes over the doorway; `worker/doorway.py` has the other end of that line and describes the words.
+It runs in a process of its own, so that a wake is answered while the user's library is busy. What it knows of the
+drainer comes over the doorway; `worker/doorway.py` has the other end of that line and describes the words.
 """
 
 import asyncio
@@ -14,9 +14,10 @@ import struct
 import sys
 import time
 from collections.abc import Coroutine
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from aiohttp import hdrs, web
+
 from waker import protocol
 
 from .config import Config
@@ -414,7 +415,7 @@ class Listener:
         await asyncio.sleep(self.config.stop_timeout_s)
         self.over.set()
 
-    # -- beginning and end -----------------------------------------------------------------------------------------------
+    # -- beginning and end -------------------------------------------------------------------------------------------
 
     async def open(self, public: socket.socket, doorway: socket.socket) -> None:
         """Serve both sockets, and hear stop signals."""
@@ -439,7 +440,7 @@ class Listener:
             server.close()
         for connection in list(self.connections):
             if connection.transport is not None:
-                connection.transport.abort()  # type: ignore[attr-defined]  # every stream transport can
+                connection.transport.abort()
         for writer in self._lines:
             writer.close()
         if self._wedge_watch is not None:
@@ -507,7 +508,8 @@ class Connection(web.RequestHandler):
     __slots__ = ("_accepted_at", "_listener", "_patience")
 
     def __init__(self, server: web.Server, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(server, loop=loop, access_log=None, keepalive_timeout=30.0, lingering_time=0.5)
+        no_log: Any = None  # aiohttp writes none then, though its types want a logger
+        super().__init__(server, loop=loop, access_log=no_log, keepalive_timeout=30.0, lingering_time=0.5)
         self._listener = listener
         self._accepted_at: float | None = None  # None once a request has come
         self._patience: asyncio.TimerHandle | None = None
@@ -539,7 +541,7 @@ class Connection(web.RequestHandler):
     def _too_slow(self) -> None:
         self._patience = None
         if self.transport is not None:
-            self.transport.abort()  # type: ignore[attr-defined]  # every stream transport can
+            self.transport.abort()
 
 
 class _Server(web.Server):
@@ -614,4 +616,4 @@ def _number(text: str | None, most: float) -> float:
         value = float(text or 0)
     except ValueError:
         return 0.0
-    return min(max(value, 0.0), most) if value == value else 0.0  # noqa: PLR0124 - nan is not equal to itself
+    return min(max(value, 0.0), most) if value == value else 0.0

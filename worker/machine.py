@@ -1,7 +1,7 @@
 """`worker up`: one process that starts both programs at once and ends with the drainer's exit code.
 
-Supervisor as a library does what it is good at: spawning, restarting the listener, stop signals and kill deadlines. Three
-things of the stock daemon would cost seconds of a paid machine, and are different here (supervisor 4.3.0):
+Supervisor as a library does what it is good at: spawning, restarting the listener, stop signals and kill deadlines.
+Three things of the stock daemon would cost seconds of a paid machine, and are different here (supervisor 4.3.0):
 
 - it polls for a second before it starts anything; we start everything first;
 - a signal does not end its poll (Python restarts it, PEP 475), so a child's end is noticed up to a second late; our
@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from supervisor import events, poller
 from supervisor.datatypes import RestartUnconditionally
@@ -79,7 +79,9 @@ class _Poller(poller.PollPoller):  # type: ignore[misc]  # supervisor has no typ
 
 
 class _Logger:
-    """Supervisor's logger: what it warns of becomes an event of ours; what we tell ourselves and its chatter is dropped."""
+    """Supervisor's logger: what it warns of becomes an event of ours; what we tell ourselves and its chatter is
+    dropped.
+    """
 
     def warn(self, message: str, **_: object) -> None:
         if not message.startswith(("exited:", "stopped:", "received ")):
@@ -167,8 +169,7 @@ class _Options(ServerOptions):  # type: ignore[misc]
     def __init__(self, signals: Signals, ended: Callable[[str, int, int], None]) -> None:
         super().__init__()
         self.signal_receiver = signals
-        self.poller.close()
-        self.poller = _Poller(self)
+        self.poller: Any = _Poller(self)
         self.logger = _Logger()
         self.ended = ended
 
@@ -264,7 +265,8 @@ def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: f
         _ProgramConfig(machine.options, "drainer", [*python, "drain", *target], environ=environ, stop_s=config.kill_s),
         _ProgramConfig(
             machine.options, "listener", [*python, "listen", "--inherited", f"{fds[0]},{fds[1]},{bound_at!r}"],
-            # The listener speaks no TLS, and reading the certificates costs a fifth of its start (aiohttp does it at import).
+            # The listener speaks no TLS, and reading the certificates costs a fifth of its start (aiohttp does it at
+            # import).
             environ={**environ, "SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}, inherited=fds,
             stop_s=config.stop_timeout_s, start_s=LISTENER_START_S, restart=RestartUnconditionally,
         ),

@@ -13,8 +13,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 class Signals:
     """Notes signals from the first millisecond on; supervisor takes them from here when it is ready.
 
-    Fly's pages disagree on the default stop signal (SIGINT or SIGTERM), and a parent may have left SIGINT ignored: every
-    stop signal is caught.
+    Fly's pages disagree on the default stop signal (SIGINT or SIGTERM), and a parent may have left SIGINT ignored:
+    every stop signal is caught.
     """
 
     def __init__(self) -> None:
