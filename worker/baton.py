@@ -4,13 +4,15 @@ Only after the library has put back what it held. A receipt with our own machine
 drainer, and by the parent where the drainer could not say how it left things.
 """
 
-import queue
-import threading
 import time
+from typing import TYPE_CHECKING
 
 from waker import protocol
 
 from .config import Config
+
+if TYPE_CHECKING:
+    import queue
 
 __all__ = ["EXIT_PASS_IT_ON", "pass_on"]
 
@@ -31,6 +33,9 @@ def pass_on(config: Config, depth: int, within_s: float) -> str:
     """
     if not config.baton or depth >= protocol.MAX_BATON_DEPTH or within_s <= 0:
         return ""
+    import queue  # here, because only a machine that is stopped with work left needs it
+    import threading
+
     deadline = time.monotonic() + min(within_s, MOST_S)
     answers: queue.SimpleQueue[str] = queue.SimpleQueue()
     for _ in range(AT_ONCE):
@@ -46,8 +51,7 @@ def pass_on(config: Config, depth: int, within_s: float) -> str:
 
 
 def _ask_until(config: Config, depth: int, deadline: float, answers: "queue.SimpleQueue[str]") -> None:
-    # Imported here: it costs 40 ms, and only a machine that is stopped with work left needs it.
-    import http.client
+    import http.client  # here, because it costs 40 ms
 
     while (left := deadline - time.monotonic()) > 0:
         try:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from .config import SETTINGS, Config, ConfigError, early_port, from_environ
+from .config import CHECKED, SETTINGS, Config, ConfigError, early_port, from_environ
 from .sockets import Signals, bind, bind_doorway
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ USAGE = "worker up module:object  |  worker up -- COMMAND…"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code, or does not return."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:2] in (["drain", CHECKED], ["listen", CHECKED]):
+        return _half(from_environ(os.environ), arguments[0], arguments[2:])
     public: socket.socket | None = None
     bound_at = 0.0
     signals = Signals()
@@ -47,18 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"worker {args.verb}: {one}" for one in errors), file=sys.stderr)
         return EXIT_USAGE
     if args.verb == "listen":
-        return _listen(config, args.inherited)
+        return _listen(config)
     if args.verb == "drain":
         _drain(config, target, args.drain, args.queues)
     if public is None:
         print(f"worker up: {in_use}", file=sys.stderr)
         return EXIT_USAGE
+    from .lean import import_supervisor
+
+    import_supervisor()
     from .machine import up
 
     words = ["--", *target] if not isinstance(target, str) else [target]
     try:
-        named = ["--queues", ",".join(args.queues)] if args.queues else []
-        up(config, [*(["--drain", args.drain] if args.drain else []), *named, *words], public, bound_at, signals)
+        up(config, [args.drain or "", ",".join(args.queues), *words], public, bound_at, signals)
     except OSError as error:
         print(
             f"worker up: cannot make {config.socket}: {error.strerror}. Another place: WORKER_SOCKET", file=sys.stderr
@@ -72,28 +76,31 @@ def _drain(config: Config, target: "str | list[str]", drain_name: str | None, qu
     drain(config, target, drain_name, os.environ, queues=queues)
 
 
-def _listen(config: Config, inherited: str | None) -> int:
-    if inherited is None:
-        bound_at = time.monotonic()
-        try:
-            public = bind(config.port)
-            doorway = bind_doorway(config.socket)
-        except OSError as error:
-            where = error.filename or f"port {config.port} or {config.socket}"
-            print(f"worker listen: cannot listen on {where}: {error.strerror}", file=sys.stderr)
-            return EXIT_USAGE
-    else:
-        import socket
+def _half(config: Config, verb: str, words: list[str]) -> int:
+    """One of the two programs of `worker up`."""
+    if verb == "drain":
+        drain_name, queues, *target = words
+        _drain(config, target[1:] if target[0] == "--" else target[0], drain_name or None, _names(queues))
+    import socket
 
-        public_fd, doorway_fd, bound = inherited.split(",")
-        public, doorway, bound_at = (
-            socket.socket(fileno=int(public_fd)),
-            socket.socket(fileno=int(doorway_fd)),
-            float(bound),
-        )
     from .listener import listen
 
-    return listen(config, public, doorway, bound_at=bound_at, under_parent=inherited is not None)
+    public, doorway = (socket.socket(fileno=int(fd)) for fd in words[:2])
+    return listen(config, public, doorway, bound_at=float(words[2]), under_parent=True)
+
+
+def _listen(config: Config) -> int:
+    bound_at = time.monotonic()
+    try:
+        public = bind(config.port)
+        doorway = bind_doorway(config.socket)
+    except OSError as error:
+        where = error.filename or f"port {config.port} or {config.socket}"
+        print(f"worker listen: cannot listen on {where}: {error.strerror}", file=sys.stderr)
+        return EXIT_USAGE
+    from .listener import listen
+
+    return listen(config, public, doorway, bound_at=bound_at, under_parent=False)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -123,7 +130,6 @@ def _parse(arguments: list[str]) -> "tuple[argparse.Namespace, str | list[str]]"
         verb.add_argument(
             "target", nargs="?", metavar="module:object", help="your queue, like myapp.tasks:queue; or -- COMMAND…"
         )
-    listen.add_argument("--inherited", help=argparse.SUPPRESS)
     check.add_argument("target", nargs="?", metavar="module:object", help="your queue, like myapp.tasks:queue")
     check.add_argument("--file", default="fly.toml", help="the fly.toml to read (default: %(default)s)")
     check.add_argument("--json", action="store_true", help="print one JSON object")

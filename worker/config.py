@@ -18,6 +18,9 @@ KILL_MARGIN_S = 0.5
 UNDER_PARENT = "WORKER_UNDER_PARENT"
 # What a machine is called where no platform names it.
 LOCAL = "local"
+# From `worker up` to its two halves: the words that follow were checked, and each has its place. A parser for a command
+# line costs a start more than reading all of the settings.
+CHECKED = "--checked"
 # A unix socket's path is at most 107 bytes on Linux.
 MAX_SOCKET_PATH = 107
 

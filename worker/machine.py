@@ -28,7 +28,7 @@ from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.supervisord import Supervisor
 
 from .baton import EXIT_PASS_IT_ON, pass_on
-from .config import Config, to_environ
+from .config import CHECKED, Config, to_environ
 from .log import log
 from .sockets import STOP_SIGNALS, Signals, bind_doorway, let_signals_in
 
@@ -252,8 +252,8 @@ class _Machine(Supervisor):  # type: ignore[misc]
 def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: float, signals: Signals) -> NoReturn:
     """Run listener and drainer; end the process with the drainer's exit code.
 
-    *target*: the arguments of `worker drain`. *public*: the listening socket, bound at *bound_at* seconds of
-    CLOCK_MONOTONIC. Raises OSError if the doorway cannot be bound.
+    *target*: the name of a drain or "", names of queues or "", and then an object, or -- and a command. *public*: the
+    listening socket, bound at *bound_at* seconds of CLOCK_MONOTONIC. Raises OSError if the doorway cannot be bound.
     """
     doorway = bind_doorway(config.socket)
     _remove(config.mark)  # it speaks of an earlier run
@@ -262,9 +262,11 @@ def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: f
     fds = (public.fileno(), doorway.fileno())
     python = [sys.executable, _ENTRY]
     machine.supervise([
-        _ProgramConfig(machine.options, "drainer", [*python, "drain", *target], environ=environ, stop_s=config.kill_s),
         _ProgramConfig(
-            machine.options, "listener", [*python, "listen", "--inherited", f"{fds[0]},{fds[1]},{bound_at!r}"],
+            machine.options, "drainer", [*python, "drain", CHECKED, *target], environ=environ, stop_s=config.kill_s
+        ),
+        _ProgramConfig(
+            machine.options, "listener", [*python, "listen", CHECKED, *map(str, fds), repr(bound_at)],
             # The listener speaks no TLS, and reading the certificates costs a fifth of its start (aiohttp does it at
             # import).
             environ={**environ, "SSL_CERT_FILE": os.devnull, "SSL_CERT_DIR": os.devnull}, inherited=fds,
@@ -277,7 +279,7 @@ def up(config: Config, target: Sequence[str], public: socket.socket, bound_at: f
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-    code = _exit_code(config, machine, is_command="--" in target)
+    code = _exit_code(config, machine, is_command=target[2] == "--")
     for path in (config.mark, config.socket):
         _remove(path)
     try:
