@@ -81,10 +81,15 @@ def _half(config: Config, verb: str, words: list[str]) -> int:
     if verb == "drain":
         drain_name, queues, *target = words
         _drain(config, target[1:] if target[0] == "--" else target[0], drain_name or None, _names(queues))
+    import gc
     import socket
 
+    # Nothing of what is imported here is ever garbage, and looking for it costs a tenth of the import.
+    gc.disable()
     from .listener import listen
 
+    gc.freeze()
+    gc.enable()
     public, doorway = (socket.socket(fileno=int(fd)) for fd in words[:2])
     return listen(config, public, doorway, bound_at=float(words[2]), under_parent=True)
 
