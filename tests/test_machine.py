@@ -233,3 +233,28 @@ def test_the_working_directory_stays_and_nothing_is_left_in_the_temporary_folder
     assert machine.wait() == 0
     assert f"in:{tmp_path}" in machine.out
     assert os.listdir(tmp_path) == []
+
+
+SLOTS = """
+import os, time
+from waker import SqliteQueue
+queue = SqliteQueue("slots.db", concurrency=2)
+@queue.task
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.005)
+"""
+
+
+def test_a_wake_from_before_the_listener_hears_that_a_drainer_that_began_without_it_has_a_slot_to_spare(
+    machines, tmp_path
+):
+    """Called busy, it would be held, would not count, and the waker would wake a machine more than was asked for."""
+    (tmp_path / "slotted.py").write_text(SLOTS)
+    enqueue = [PYTHON, "-c", "import slotted; slotted.wait_for.enqueue('go')"]
+    subprocess.run(enqueue, cwd=tmp_path, check=True, timeout=60)
+    machine = machines("slotted:queue")
+    until(lambda: _listens(machine.port), "the port is bound")
+    assert machine.ask().headers["wake-busy"] == "no"
+    (tmp_path / "go").touch()
+    assert machine.wait() == 0

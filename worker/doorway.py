@@ -243,6 +243,8 @@ class Line:
         if line == "attached":
             with self._lock:
                 self._socket = connection
+            # We may have begun before there was a listener, and whoever rang meanwhile waits to hear how busy we are.
+            self._tell()
             if self._stopping:
                 self._send("shut")
             self._attached.set()
