@@ -33,6 +33,8 @@ CONNECT_AGAIN_S = 0.0005
 # Longer than either side's listener takes to start, and a held answer to be sent.
 LONG_JOB_S = 1.2
 IDLE_S = 10.0
+# The listener has a last look at the drainer ten seconds after a ring (a sixth of WORKER_WEDGE_S).
+IDLE_AFTER_S = 12.0
 # PSS is read when the dust of the start has settled.
 SETTLED_S = 0.5
 # The machine of a row that needs an idle one: both sides' names for it.
@@ -324,7 +326,7 @@ def wakeups(side: Side) -> float:
     with side.started([0.0], STAYING) as run:
         run.ask(run.connect())
         run.event("ended")
-        time.sleep(IDLE_S / 5)
+        time.sleep(IDLE_AFTER_S)
         before = run.switches()
         time.sleep(IDLE_S)
         return (run.switches() - before) / IDLE_S
