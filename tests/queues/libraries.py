@@ -23,4 +23,5 @@ class Library(NamedTuple):
 LIBRARIES = (
     Library("rq", "rq_app", "rq", "redis", back_here=True),
     Library("rq-simple", "rq_simple_app", "rq", "redis", back_s=None, back_here=True, short=False),
+    Library("dramatiq", "dramatiq_app", "dramatiq", "redis", back_here=True),
 )

@@ -60,7 +60,7 @@ def test_two_drainers_at_once_share_the_jobs(bench, size):
 def test_a_stop_signal_finishes_or_requeues_what_is_running(bench):
     """SIGTERM mid-job: within the deadline, with the rest left where it was, and an exit code that says so."""
     bench.producer.enqueue("slow", "slow", 1)
-    machine = bench.up()
+    machine = bench.up(CONTRACT_SLOTS="1")
     bench.saw("began", "slow")
     bench.producer.enqueue_many("record", range(200))
     machine.signal(signal.SIGTERM)
