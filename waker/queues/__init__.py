@@ -39,6 +39,7 @@ LIBRARIES = {
     "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
     "dramatiq": Library(
         ("dramatiq.brokers.redis.RedisBroker", "dramatiq.worker.Worker"), "dramatiq", ("dramatiq",), named=True
+    ),
 }
 KNOWN = {kind: name for name, library in LIBRARIES.items() for kind in library.kinds}
 
