@@ -63,9 +63,7 @@ def _open_folder(tmp_path_factory, kind):
 def bench(library, servers, tmp_path):
     """The library, its environment, and an empty place on its server."""
     try:
-        made = Bench(
-            library, for_library(library.name, library.extra, library.pins), servers(library.server), str(tmp_path)
-        )
+        made = Bench(library, for_library(library.extra, library.pins), servers(library.server), str(tmp_path))
     except Unavailable as why:
         SKIPPED[library.name] = str(why)
         pytest.skip(f"{library.name}: {why}")
@@ -87,7 +85,7 @@ def python_of(library):
     """Run a line of Python in the library's environment; returns what it printed."""
 
     def run(code, **env):
-        venv = for_library(library.name, library.extra, library.pins)
+        venv = for_library(library.extra, library.pins)
         done = subprocess.run([f"{venv}/bin/python", "-c", code], cwd=APPS, env={**os.environ, **library.env, **env},
                               capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -76,9 +76,9 @@ def _put_ours_in(folder: str) -> None:
             os.chmod(script, 0o755)
 
 
-def for_library(name: str, extra: str, pins: Sequence[str] = ()) -> str:
+def for_library(extra: str, pins: Sequence[str] = ()) -> str:
     """The environment for one library: our dependencies, the extra as a user installs it, and *pins*."""
-    return environment(name, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra], *pins])
+    return environment(extra, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra], *pins])
 
 
 # -- servers -------------------------------------------------------------------------------------------------------------

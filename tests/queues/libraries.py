@@ -23,5 +23,28 @@ class Library(NamedTuple):
 LIBRARIES = (
     Library("rq", "rq_app", "rq", "redis", back_here=True),
     Library("rq-simple", "rq_simple_app", "rq", "redis", back_s=None, back_here=True, short=False),
+    Library("celery-redis", "celery_app", "celery", "redis", back_s=60, back_here=True),
+    Library(
+        "celery-redis-prefork",
+        "celery_app",
+        "celery",
+        "redis",
+        env={"CONTRACT_POOL": "prefork"},
+        back_s=60,
+        back_here=True,
+        short=False,
+    ),
+    Library(
+        "celery-redis-solo",
+        "celery_app",
+        "celery",
+        "redis",
+        env={"CONTRACT_POOL": "solo"},
+        back_s=60,
+        back_here=True,
+        short=False,
+    ),
+    Library("celery-rabbit", "celery_app", "celery", "rabbit", back_here=True),
+    Library("procrastinate", "procrastinate_app", "procrastinate", "postgres", back_here=True),
     Library("dramatiq", "dramatiq_app", "dramatiq", "redis", back_here=True),
 )

@@ -37,6 +37,8 @@ class Library(NamedTuple):
 LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
     "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
+    "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
+    "procrastinate": Library(("procrastinate.app.App",), "procrastinate", ("procrastinate", "psycopg"), named=True),
     "dramatiq": Library(
         ("dramatiq.brokers.redis.RedisBroker", "dramatiq.worker.Worker"), "dramatiq", ("dramatiq",), named=True
     ),

@@ -56,11 +56,11 @@ class Options(NamedTuple):
     """What a drain is told beside its target."""
 
     queues: tuple[str, ...] = ()  # by name, as the library's users write them; none: those its own worker would take
-    # Only one drainer at a time has this name, so what an earlier one of that name holds is held by nobody. "" if unknown.
+    # Only one drainer at a time has this name: what an earlier one of that name holds is held by nobody. "" if unknown.
     machine: str = ""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - what happened
     """This target cannot be drained; the message ends the sentence "'myapp.tasks:app' cannot be drained: "."""
 
 

@@ -4,7 +4,7 @@ A Queue, or a list of them, is drained by `rq.Worker`, which forks for each job;
 its own settings. What differs from `rq worker --burst`:
 
 - due jobs are moved to their queue before and during a pass (burst mode does it once, where a scheduler is asked for);
-- what a dead worker held is put back, also without `Retry`, at most LOST_MOST times for one job (RQ gives it up as failed);
+- what a dead worker held is put back, also without `Retry`, at most LOST_MOST times for one job (RQ gives it up);
 - a forking worker's heartbeat is shorter, so that this happens after half a minute, and not after one and a half;
 - signals are the drainer's: the worker stops between two jobs when it is told to;
 - a broker that is down ends the pass, so that the drainer decides how long to try (RQ would try for ever).

@@ -19,7 +19,8 @@ def note(word, name):
 
 
 def times(word, name):
-    with open(os.environ["CONTRACT_LOG"], encoding="utf-8") as log:
+    with open(os.environ["CONTRACT_LOG"], "a+", encoding="utf-8") as log:
+        log.seek(0)
         return log.read().count(f"{word} {name}\n")
 
 

@@ -1,0 +1,240 @@
+"""Celery (5.7.0 and kombu 5.7.0 were read): its own worker, with a boot step that stops it when nothing is ready.
+
+The pool, its size and everything else are the user's settings. What differs from `celery worker`:
+
+- it stops when two looks in a row found no message waiting and none here but those whose ETA is ahead; it puts those back;
+- signals are the drainer's, and a broker that is down ends the pass, so that the drainer decides how long to try;
+- tasks are acknowledged when they have run (`task_acks_late`), unless the user set that otherwise;
+- on Redis, which machine holds which message is kept beside it, in the same exchange with the broker and renewed while it
+  lives. What a dead machine held is put back after HELD_S instead of the visibility timeout, which is an hour, and what
+  this machine itself held before, at once. What plain Celery workers hold is none of our business.
+"""
+
+import threading
+import time
+import uuid
+from contextlib import contextmanager
+from typing import Any
+
+from ..aside import late
+from . import Backlog, Options, Pulse, Refused
+
+__all__ = ["Drain"]
+
+probe = late("waker.queues.celery")
+
+LOOK_S = 0.1
+# A message may be in the socket, no longer in the list and not yet reserved, when one look is taken.
+LOOKS = 2
+# A task that is due so soon is waited for: the worker's timer is about to run it.
+SOON_S = 0.2
+HELD_S = 30.0
+RENEW_S = 10.0
+SOCKET_TIMEOUT_S = 30.0
+
+
+class Drain:
+    """Runs the tasks of one Celery app."""
+
+    def __init__(self, target: Any, pulse: Pulse, options: Options) -> None:
+        import kombu.exceptions
+
+        self._app = app = target
+        self._queues = options.queues
+        self._pulse = pulse
+        self._transport = probe.transport_of(app)
+        if self._transport not in ("redis", "amqp"):
+            raise Refused(f"its broker is {app.connection_for_read().as_uri()}, and Redis, Valkey and RabbitMQ are known. "
+                          "A command that drains it can be run with: worker up -- COMMAND")  # fmt: skip
+        connection = app.connection_for_read()
+        self.broker_errors: tuple[type[BaseException], ...] = (
+            *connection.connection_errors,
+            *connection.channel_errors,
+            kombu.exceptions.OperationalError,
+        )
+        self._owner = options.machine or uuid.uuid4().hex
+        self._note: Any = None  # on RabbitMQ, what our last pass put back; None before it: then everything counts
+        self._stop = threading.Event()
+        self._worker: Any = None
+        self._settle()
+        app.steps["consumer"].add(_drain_step(self))
+
+    def backlog(self) -> Backlog:
+        # The first reading of a run believes no note: a wake means that somebody looks.
+        reading: Backlog = probe.backlog(self._app, self._queues, note=self._note or probe.Note())
+        return reading
+
+    def work(self, stop: threading.Event) -> int:
+        from celery.apps.worker import Worker
+        from celery.worker import state
+
+        class Drained(Worker):  # type: ignore[misc]  # celery has no types
+            def install_platform_tweaks(self, worker: Any) -> None:
+                pass
+
+        self._stop = stop
+        if self._transport == "redis":
+            self._recover()
+        self._note = probe.Note()
+        state.should_stop = state.should_terminate = None
+        self._worker = worker = Drained(
+            app=self._app, hostname=f"celery@{self._owner}", queues=self._queues or None, quiet=True, redirect_stdouts=False,
+            without_gossip=True, without_mingle=True, without_heartbeat=True, loglevel=_level(self._app),
+        )  # fmt: skip
+        try:
+            worker.start()
+        finally:
+            self._worker = None
+            self._pulse.running = 0
+            self._pulse.done = state.all_total_count[0]
+        if self._transport == "amqp":
+            probe.leave_note(self._app, self._queues, self._note)
+        if worker.exitcode:
+            # It has said why. If that was the broker, this raises what the drainer knows how to wait for.
+            probe.backlog(self._app, self._queues)
+        return 0
+
+    def release(self) -> None:
+        worker = self._worker
+        if worker is None or self._transport != "redis":
+            return  # RabbitMQ puts back what we hold when the connection ends with us
+        qos = worker.consumer.task_consumer.channel.qos
+        for tag in list(qos._delivered):
+            qos.restore_by_tag(tag, leftmost=True)
+
+    def look(self, consumer: Any, queues: list[str]) -> bool:
+        """Whether nothing is left to do but what is due later; from the worker's timer."""
+        from celery.worker import state
+
+        active, pulse = len(state.active_requests), self._pulse
+        pulse.running, pulse.done = active, state.all_total_count[0] - active
+        later = [
+            request for request in list(state.scheduled_requests) if request.eta.timestamp() > time.time() + SOON_S
+        ]
+        if (state.reserved_requests | state.active_requests | state.scheduled_requests) - set(later):
+            return False
+        channel = consumer.connection.default_channel
+        if any(channel.queue_declare(queue, passive=True).message_count for queue in queues):
+            return False
+        self._note = probe.Note(len(later), min((request.eta.timestamp() for request in later), default=None))
+        return True
+
+    def _settle(self) -> None:
+        """Settings that a drainer needs. None of them changes what a task means, and acks_late only where it was not set."""
+        from celery.worker.request import Request
+
+        conf = self._app.conf
+        if not probe.is_set(self._app, "task_acks_late"):
+            conf.task_acks_late = True
+        # A broker that is down ends the worker; the drainer tries again.
+        conf.broker_connection_retry = conf.broker_connection_retry_on_startup = False
+        if self._transport == "redis":
+            conf.broker_transport_options = {
+                "polling_interval": LOOK_S,  # how long a blocking read keeps a worker from stopping
+                "socket_timeout": SOCKET_TIMEOUT_S,
+                "socket_connect_timeout": SOCKET_TIMEOUT_S,
+                **(conf.broker_transport_options or {}),
+            }
+            self._keep_who_holds()
+        pulse, on_failure = self._pulse, Request.on_failure
+
+        def counted(request: Any, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
+            if type(exc_info.exception).__name__ not in ("Retry", "Ignore", "Reject", "RetryTaskError"):
+                pulse.failed += 1
+            return on_failure(request, exc_info, *args, **kwargs)
+
+        Request.on_failure = counted
+
+    # -- Redis: who holds what -------------------------------------------------------------------------------------------
+
+    def _keep_who_holds(self) -> None:
+        from kombu.transport import redis as transport
+
+        held_key, lease = probe.HELD_KEY, self._lease
+
+        class Held(transport.QoS):  # type: ignore[misc]  # kombu has no types
+            _taking = ""
+
+            @contextmanager
+            def pipe_or_acquire(self, pipe: Any = None, client: Any = None) -> Any:
+                with super().pipe_or_acquire(pipe, client) as asked:
+                    if self._taking:
+                        asked.hset(held_key, self._taking, lease())
+                    yield asked
+
+            def append(self, message: Any, delivery_tag: str) -> None:
+                self._taking = delivery_tag
+                try:
+                    super().append(message, delivery_tag)
+                finally:
+                    self._taking = ""
+
+            def _remove_from_indices(self, delivery_tag: str, pipe: Any = None) -> Any:
+                return super()._remove_from_indices(delivery_tag, pipe).hdel(held_key, delivery_tag)
+
+        transport.Channel.QoS = Held
+
+    def _lease(self) -> str:
+        return f"{time.time() + HELD_S:.3f} {self._owner}"
+
+    def renew(self, consumer: Any) -> None:
+        """Say again that what we hold is held; from the worker's timer."""
+        channel = consumer.task_consumer.channel
+        tags = list(channel.qos._delivered)
+        if tags:
+            client, named = probe.raw(channel)
+            client.hset(named(probe.HELD_KEY), mapping=dict.fromkeys(tags, self._lease()))
+
+    def _recover(self) -> None:
+        """Put back what a dead machine held, and what this one held before this pass."""
+        with self._app.connection_for_read() as connection:
+            connection.connect()
+            channel = connection.channel()
+            client, named = probe.raw(channel)
+            now = time.time()
+            unacked, gone = {tag for tag in client.zrange(named(channel.unacked_index_key), 0, -1)}, []
+            for tag, lease in client.hgetall(named(probe.HELD_KEY)).items():
+                until, _, owner = lease.decode().partition(" ")
+                if tag not in unacked:
+                    gone.append(tag)  # somebody else's clean-up put it back
+                elif float(until) <= now or owner == self._owner:
+                    channel.qos.restore_by_tag(tag.decode(), leftmost=True)
+            if gone:
+                client.hdel(named(probe.HELD_KEY), *gone)
+            # Those of plain workers: Celery does it too, but not in a worker that lives for a second.
+            channel.qos.restore_visible(num=None, interval=1)
+
+
+def _drain_step(drain: Drain) -> Any:
+    """A boot step of the consumer that looks, and stops the worker."""
+    from celery import bootsteps
+    from celery.worker import state
+
+    class DrainStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery has no types
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, consumer: Any) -> None:
+            drain._pulse.slots = consumer.pool.num_processes
+            queues = [queue.name for queue in consumer.task_consumer.queues]
+            idle = 0
+
+            def look() -> None:
+                nonlocal idle
+                idle = idle + 1 if drain.look(consumer, queues) else 0
+                if idle >= LOOKS or drain._stop.is_set():
+                    state.should_stop = 0
+
+            self.timers = [consumer.timer.call_repeatedly(LOOK_S, look)]
+            if drain._transport == "redis":
+                self.timers.append(consumer.timer.call_repeatedly(RENEW_S, drain.renew, (consumer,)))
+
+        def stop(self, consumer: Any) -> None:
+            for timer in self.timers:
+                timer.cancel()
+
+    return DrainStep
+
+
+def _level(app: Any) -> str:
+    """The log level of a worker on its own: `celery worker` has it from its command line."""
+    return "WARNING"
