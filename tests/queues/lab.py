@@ -309,6 +309,7 @@ class Bench:
         }
         self._stack = contextlib.ExitStack()
         self.producer = self.new_producer()
+        self.producer.ask(do="prepare")
 
     def new_producer(self, **env: str) -> Producer:
         producer = Producer(f"{self.venv}/bin/python", self.library.app, {**self.env, **env})

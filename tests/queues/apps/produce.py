@@ -12,6 +12,8 @@ probe = probe_for(app.target)
 
 
 def answer(question):
+    if question["do"] == "prepare":
+        return getattr(app, "prepare", lambda: None)()  # tables, where the library has some
     if question["do"] == "enqueue":
         for args in question["many"]:
             app.enqueue(question["job"], *args, delay_s=question["delay_s"])
