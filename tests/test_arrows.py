@@ -21,6 +21,9 @@ PURE = (
     "waker.emulator.routing",
     "waker.emulator.states",
     "waker.errors",
+    "waker.machines.errors",
+    "waker.machines.records",
+    "waker.machines.requests",
     "waker.policy",
     "waker.protocol",
     "waker.rules",
@@ -57,6 +60,7 @@ READS_ENVIRONMENT = {
     "worker.config",
     "waker.cli",
     "waker.config",
+    "waker.machines.config",
     "waker.emulator.fixture",
     "waker.demo.tasks",
 }

@@ -44,6 +44,7 @@ CREATE_TIMEOUT_S = 300.0
 ATTEMPT_S = 30.0
 CREATE_ATTEMPT_S = 60.0
 CONNECT_S = 5.0
+MIN_ATTEMPT_S = 0.2
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_CREATES = 3
 # When to look for a machine whose create was not answered: it may appear a little later.
@@ -106,8 +107,9 @@ class AsyncMachines:
     FLY_ACCESS_TOKEN, FLY_FLAPS_BASE_URL; inside a machine the internal address. *transport* sends the requests instead
     of our own, *pacer* keeps to other limits than the platform's.
 
-    Each call takes *timeout_s* at most, waits for its turn included. What was surely not done is asked again until
-    then, what may have been done only where twice is the same as once. All raise MachinesError and UsageError.
+    Each call takes *timeout_s* at most, the wait for its turn included (a create and an update five minutes, unless
+    they are told). What was surely not done is asked again until then, what may have been done only where twice is the
+    same as once. All raise MachinesError and UsageError.
     """
 
     def __init__(
@@ -399,7 +401,8 @@ class AsyncMachines:
         attempt, pause_s = 0, 0.0
         while True:
             turn_s = max(self._pacer.reserve(self.base_url, call, _now()), pause_s)
-            if turn_s >= deadline - _now():
+            # A last attempt without time for an answer would turn "surely not done" into "nobody knows".
+            if turn_s >= deadline - _now() - (MIN_ATTEMPT_S if error else 0.0):
                 self._pacer.give_back(self.base_url, call, _now())
                 if error is not None:
                     raise error
