@@ -42,8 +42,8 @@ class Drain:
         self._app = app = target
         self._queues = options.queues
         self._pulse = pulse
-        self._transport = probe.transport_of(app)
-        if self._transport not in ("redis", "amqp"):
+        transport = probe.transport_of(app)
+        if transport not in ("redis", "amqp"):
             raise Refused(f"its broker is {app.connection_for_read().as_uri()}, and Redis, Valkey and RabbitMQ are known. "
                           "A command that drains it can be run with: worker up -- COMMAND")  # fmt: skip
         connection = app.connection_for_read()
@@ -52,7 +52,9 @@ class Drain:
             *connection.channel_errors,
             kombu.exceptions.OperationalError,
         )
+        self._redis = transport == "redis"
         self._owner = options.machine or uuid.uuid4().hex
+        self._recovered = False
         self._note: Any = None  # on RabbitMQ, what our last pass put back; None before it: then everything counts
         self._stop = threading.Event()
         self._worker: Any = None
@@ -60,6 +62,9 @@ class Drain:
         app.steps["consumer"].add(_drain_step(self))
 
     def backlog(self) -> Backlog:
+        if self._redis and not self._recovered:
+            # What this machine held in an earlier boot is ready, and no reading but ours can know.
+            self._recover()
         # The first reading of a run believes no note: a wake means that somebody looks.
         reading: Backlog = probe.backlog(self._app, self._queues, note=self._note or probe.Note())
         return reading
@@ -73,13 +78,13 @@ class Drain:
                 pass
 
         self._stop = stop
-        if self._transport == "redis":
+        if self._redis:
             self._recover()
         self._note = probe.Note()
         state.should_stop = state.should_terminate = None
         self._worker = worker = Drained(
-            app=self._app, hostname=f"celery@{self._owner}", queues=self._queues or None, quiet=True, redirect_stdouts=False,
-            without_gossip=True, without_mingle=True, without_heartbeat=True, loglevel=_level(self._app),
+            app=self._app, hostname=f"celery@{self._owner}", queues=self._queues or None, quiet=True,
+            redirect_stdouts=False, without_gossip=True, without_mingle=True, without_heartbeat=True,
         )  # fmt: skip
         try:
             worker.start()
@@ -87,7 +92,7 @@ class Drain:
             self._worker = None
             self._pulse.running = 0
             self._pulse.done = state.all_total_count[0]
-        if self._transport == "amqp":
+        if not self._redis:
             probe.leave_note(self._app, self._queues, self._note)
         if worker.exitcode:
             # It has said why. If that was the broker, this raises what the drainer knows how to wait for.
@@ -96,7 +101,7 @@ class Drain:
 
     def release(self) -> None:
         worker = self._worker
-        if worker is None or self._transport != "redis":
+        if worker is None or not self._redis:
             return  # RabbitMQ puts back what we hold when the connection ends with us
         qos = worker.consumer.task_consumer.channel.qos
         for tag in list(qos._delivered):
@@ -114,8 +119,10 @@ class Drain:
         if (state.reserved_requests | state.active_requests | state.scheduled_requests) - set(later):
             return False
         channel = consumer.connection.default_channel
-        if any(channel.queue_declare(queue, passive=True).message_count for queue in queues):
-            return False
+        for queue in queues:
+            # The worker has declared it; on Redis an empty one is not there, and cannot be asked for by name.
+            if channel._size(queue) if self._redis else channel.queue_declare(queue, passive=True).message_count:
+                return False
         self._note = probe.Note(len(later), min((request.eta.timestamp() for request in later), default=None))
         return True
 
@@ -128,7 +135,7 @@ class Drain:
             conf.task_acks_late = True
         # A broker that is down ends the worker; the drainer tries again.
         conf.broker_connection_retry = conf.broker_connection_retry_on_startup = False
-        if self._transport == "redis":
+        if self._redis:
             conf.broker_transport_options = {
                 "polling_interval": LOOK_S,  # how long a blocking read keeps a worker from stopping
                 "socket_timeout": SOCKET_TIMEOUT_S,
@@ -192,7 +199,7 @@ class Drain:
             channel = connection.channel()
             client, named = probe.raw(channel)
             now = time.time()
-            unacked, gone = {tag for tag in client.zrange(named(channel.unacked_index_key), 0, -1)}, []
+            unacked, gone = set(client.zrange(named(channel.unacked_index_key), 0, -1)), []
             for tag, lease in client.hgetall(named(probe.HELD_KEY)).items():
                 until, _, owner = lease.decode().partition(" ")
                 if tag not in unacked:
@@ -203,6 +210,7 @@ class Drain:
                 client.hdel(named(probe.HELD_KEY), *gone)
             # Those of plain workers: Celery does it too, but not in a worker that lives for a second.
             channel.qos.restore_visible(num=None, interval=1)
+        self._recovered = True
 
 
 def _drain_step(drain: Drain) -> Any:
@@ -220,12 +228,17 @@ def _drain_step(drain: Drain) -> Any:
 
             def look() -> None:
                 nonlocal idle
-                idle = idle + 1 if drain.look(consumer, queues) else 0
+                try:
+                    idle = idle + 1 if drain.look(consumer, queues) else 0
+                except Exception:
+                    # The worker's timer logs it, and would go on for ever.
+                    state.should_stop = 1
+                    raise
                 if idle >= LOOKS or drain._stop.is_set():
                     state.should_stop = 0
 
             self.timers = [consumer.timer.call_repeatedly(LOOK_S, look)]
-            if drain._transport == "redis":
+            if drain._redis:
                 self.timers.append(consumer.timer.call_repeatedly(RENEW_S, drain.renew, (consumer,)))
 
         def stop(self, consumer: Any) -> None:
@@ -233,8 +246,3 @@ def _drain_step(drain: Drain) -> Any:
                 timer.cancel()
 
     return DrainStep
-
-
-def _level(app: Any) -> str:
-    """The log level of a worker on its own: `celery worker` has it from its command line."""
-    return "WARNING"

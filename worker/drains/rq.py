@@ -50,18 +50,22 @@ class Drain:
         self._run = uuid.uuid4().hex[:12]
         self._passes = 0
         self._promoted_at = 0.0
-        # A worker talks to Redis when it is made; that is a thing to retry, so it is made with the first pass.
+        self._recovered = False
+        self._stop = threading.Event()
+        # A worker talks to Redis when it is made; that takes time, and may have to be tried again.
         self._given = target if isinstance(target, rq.worker.BaseWorker) else None
         self._worker: Any = None
 
     def backlog(self) -> Backlog:
+        if not self._recovered:
+            # What this machine held in an earlier boot is ready, and no reading but ours can know.
+            self._recover()
         reading: Backlog = probe.backlog(self._queues)
         return reading
 
     def work(self, stop: threading.Event) -> int:
-        if self._worker is None:
-            self._worker = self._make(stop)
-        worker = self._worker
+        self._stop = stop
+        worker = self._made()
         # A new name for each pass: RQ refuses the name of a worker whose death it was not told of.
         self._passes += 1
         worker.name = f"{self._ours}-{self._run}-{self._passes}"
@@ -85,7 +89,12 @@ class Drain:
         for execution in list(worker.executions.values()):
             self._put_back(execution.job, execution)
 
-    def _make(self, stop: threading.Event) -> Any:
+    def _made(self) -> Any:
+        if self._worker is None:
+            self._worker = self._make()
+        return self._worker
+
+    def _make(self) -> Any:
         """The user's worker, or RQ's default one, as a drainer needs it."""
         import rq
 
@@ -104,7 +113,7 @@ class Drain:
                 pass
 
             def dequeue_job_and_maintain_ttl(self, *args: Any, **kwargs: Any) -> Any:
-                if stop.is_set():
+                if drain._stop.is_set():
                     return None
                 if time.monotonic() - drain._promoted_at > PROMOTE_S:
                     drain._promote()
@@ -174,6 +183,7 @@ class Drain:
             for job_id in popped.get_job_ids():
                 if popped.should_be_cleaned_up(job_id) and job_id not in registry and self._claim(job_id.encode()):
                     self._revive(queue, queue.fetch_job(job_id), None)
+        self._recovered = True
 
     def _was_ours(self, execution: Any) -> bool:
         try:
@@ -201,7 +211,7 @@ class Drain:
             return
         lost = job.meta.get(LOST_KEY, 0)
         if job.should_retry or lost >= LOST_MOST:
-            self._worker.handle_job_failure(job, queue, exc_string="its worker died", execution=execution)
+            self._made().handle_job_failure(job, queue, exc_string="its worker died", execution=execution)
             self._connection.lrem(queue.intermediate_queue_key, 1, job.id)
         else:
             job.meta[LOST_KEY] = lost + 1
