@@ -118,9 +118,11 @@ class Process:
 
     def end(self) -> None:
         """Kill the whole session, whatever state it is in."""
-        for pid in session_pids(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Again until nobody is left: one that we kill may just have started another, which would keep our pipes open.
+        while pids := session_pids(self.pid):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(5)
         for reader in self._readers:
