@@ -275,9 +275,10 @@ class Run:
         return count
 
     def end(self) -> None:
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while pids := self.pids():  # again: a supervisor may just have started another one
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.wait()
         os.write(self._events, b"over\n")
         self._reader.join()
