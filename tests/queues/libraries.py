@@ -17,6 +17,7 @@ class Library(NamedTuple):
     # ... and at once, where the same Machine starts again.
     back_here: bool = False
     retries: bool = True  # it has retries with a delay, and the watch can see when
+    sees_delays: bool = True  # a probe sees that a job is for later before any drain has
     short: bool = True  # also in the short form
 
 
@@ -44,7 +45,8 @@ LIBRARIES = (
         back_here=True,
         short=False,
     ),
-    Library("celery-rabbit", "celery_app", "celery", "rabbit", back_here=True),
+    Library("celery-rabbit", "celery_app", "celery", "rabbit", back_here=True, sees_delays=False),
+    Library("pgqueuer", "pgqueuer_app", "pgqueuer", "postgres", back_here=True),
     Library("procrastinate", "procrastinate_app", "procrastinate", "postgres", back_here=True),
     Library("dramatiq", "dramatiq_app", "dramatiq", "redis", back_here=True),
 )
