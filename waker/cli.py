@@ -14,6 +14,7 @@ VERBS = {
     "wake": "wake stopped machines and report which answered",
     "watch": "wake for a backlog and for due times, as a safety net beside the nudges",
     "jobs": "look at the embedded queue's jobs; retry or purge dead ones",
+    "run": "run a command on a machine of its own and end with its exit code",
     "emulate": "run the platform on this machine, in the foreground",
     "demo": "show the whole loop: wake three machines, drain 60 jobs, stop",
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TokenRefused,
         Unreachable,
     )
+    from .jobs import AsyncJob, Job, JobOptions, JobResult, Progress, run, run_async, submit, submit_async
     from .records import Address, App, Event, ExecResult, Exit, Lease, Machine, Waited
 
 _HOMES = {
@@ -42,17 +43,32 @@ _HOMES = {
         "TokenRefused",
         "Unreachable",
     ),
+    "jobs": (
+        "AsyncJob",
+        "Job",
+        "JobOptions",
+        "JobResult",
+        "Progress",
+        "run",
+        "run_async",
+        "submit",
+        "submit_async",
+    ),
     "records": ("Address", "App", "Event", "ExecResult", "Exit", "Lease", "Machine", "Waited"),
 }
 
 __all__ = [
     "Address",
     "App",
+    "AsyncJob",
     "AsyncMachines",
     "Event",
     "ExecResult",
     "Exit",
+    "Job",
     "JobNotRun",
+    "JobOptions",
+    "JobResult",
     "JobUnknown",
     "Lease",
     "Machine",
@@ -64,11 +80,16 @@ __all__ = [
     "NotFound",
     "OutcomeUnknown",
     "PlatformError",
+    "Progress",
     "RateLimited",
     "RequestError",
     "TokenRefused",
     "Unreachable",
     "Waited",
+    "run",
+    "run_async",
+    "submit",
+    "submit_async",
 ]
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from ..errors import UsageError
 
-__all__ = ["INTERNAL_URL", "PUBLIC_URL", "ApiConfig", "own_image", "owner", "runs_locally"]
+__all__ = ["INTERNAL_URL", "PUBLIC_URL", "ApiConfig", "environment", "own_image", "owner", "runs_locally"]
 
 PUBLIC_URL = "https://api.machines.dev"
 INTERNAL_URL = "http://_api.internal:4280"
@@ -84,6 +84,11 @@ def runs_locally(local: bool | None, environ: Mapping[str, str] | None = None) -
     if text not in ("", "0", "1", "no", "yes", "false", "true"):
         raise UsageError(f"WAKER_LOCAL={text!r}: expected 1 or 0")
     return text in ("1", "yes", "true")
+
+
+def environment() -> dict[str, str]:
+    """What a command that runs here inherits."""
+    return dict(os.environ)
 
 
 def own_image(app: str, environ: Mapping[str, str] | None = None) -> str | None:
