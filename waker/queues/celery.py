@@ -171,33 +171,39 @@ def _amqp(connection: Any, queues: Sequence[str], note: Note | None) -> Backlog:
 
 
 def _read_note(connection: Any, queues: Sequence[str]) -> Note:
+    import kombu
+
     for attempt in range(NOTE_TRIES):
         if attempt:
             time.sleep(NOTE_PAUSE_S)
-        channel = connection.channel()
-        try:
-            message = channel.basic_get(_note_queue(queues))
-        except connection.channel_errors:
-            return Note()  # never was one
-        if message is not None:
-            note = Note(*json.loads(message.body))
-            channel.basic_reject(message.delivery_tag, requeue=True)
-            channel.close()
-            return note
-        channel.close()
+        with connection.channel() as channel:
+            try:
+                message = kombu.Queue(_note_queue(queues), channel=channel).get()
+            except connection.channel_errors:
+                return Note()  # there never was one
+            if message is not None:
+                message.requeue()
+                return Note(*message.payload)
     return Note()
 
 
 def leave_note(app: "Celery", names: Sequence[str], note: Note) -> None:
     """Put *note* where a probe finds it, in place of the one before."""
+    import kombu
+
     with app.connection_for_write() as connection:
         connection.connect()
-        channel = connection.channel()
         name = _note_queue(queues_of(app, names))
-        channel.queue_declare(name, durable=True, auto_delete=False, arguments={"x-max-length": 1})
-        message = channel.prepare_message(json.dumps(note), properties={"delivery_mode": 2})
-        channel.basic_publish(message, "", name)
-        channel.close()
+        with connection.channel() as channel:
+            queue = kombu.Queue(name, channel=channel, durable=True, max_length=1)
+            if note.delayed:
+                queue.declare()
+                kombu.Producer(channel).publish(list(note), routing_key=name, serializer="json", delivery_mode=2)
+                return
+            try:
+                queue.purge()
+            except connection.channel_errors:
+                pass  # there never was one
 
 
 def _note_queue(queues: Sequence[str]) -> str:
