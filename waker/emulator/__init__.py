@@ -13,6 +13,7 @@ from .local import LocalPlatform
 from .machine import RefusedError
 from .message import Reply
 from .platform import MachineInfo, Platform
+from .recipe import Image
 from .virtual import CallableMachine, IncomingRequest
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "EventLog",
     "Fault",
     "Faults",
+    "Image",
     "IncomingRequest",
     "Knobs",
     "LocalPlatform",

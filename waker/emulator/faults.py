@@ -25,6 +25,18 @@ FAULTS: Mapping[str, str] = {
     "slow_answer": "an answer takes the knob slow_answer_s longer",
     "delivered_twice": "the machine gets the request twice; the caller gets the first answer",
     "kill_machine": "the host kills the VM a moment after a start (the knob kill_machine_s): exit code 137",
+    "out_of_memory": "the kernel kills the program a moment after a start (the knob kill_machine_s): exit code 137",
+    "no_capacity": "a create or a start through the API fails: the region has no capacity, 412 or 409",
+    "lease_held": "somebody takes a machine's lease just before a change of it through the API, 409",
+    "api_rate_limited": "the API answers 429 though the limit is not reached",
+    "api_error": "the API answers 500 and has done nothing",
+    "api_error_after": "the API answers 500 though it has done what was asked",
+    "api_bad_gateway": "something before the API answers 502 in HTML; nothing was done",
+    "api_drop": "the connection to the API breaks before the request is looked at",
+    "api_reset_before_answer": "the API has done what was asked, and the connection breaks before its answer",
+    "api_reset_mid_answer": "the API has done what was asked, and the connection breaks in the middle of its answer",
+    "api_slow_answer": "an answer of the API takes the knob api_slow_s longer",
+    "api_create_late": "a create's connection breaks, and the machine is created the knob api_create_late_s later",
 }
 
 

@@ -33,7 +33,12 @@ class Front:
         if request.method == "CONNECT" or request.headers.get("upgrade"):
             what = request.headers.get("upgrade") or request.method
             return web.Response(status=501, text=f"not emulated: {what}\n")
-        answer = await self._handle(self._as_request(request))
+        try:
+            answer = await self._handle(self._as_request(request))
+        except ConnectionError:  # a fault: there is no answer
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=500)  # nobody reads it
         response = web.StreamResponse(status=answer.status, reason=answer.reason)
         try:
             for name, value in answer.headers:

@@ -2,12 +2,31 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from .message import Answer, Request
 
-__all__ = ["Boot", "Connection", "Guest", "Runner"]
+__all__ = ["Boot", "Connection", "Guest", "GuestFile", "Outcome", "Runner"]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFile:
+    """A file that is there before the program begins. *path* is absolute in the machine."""
+
+    path: str
+    content: bytes = field(repr=False)
+    mode: int = 0o644
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command in a running machine came to. *signal*: what ended it, or 0."""
+
+    exit_code: int
+    signal: int
+    out: bytes
+    err: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +36,9 @@ class Boot:
     machine: str
     port: int
     env: Mapping[str, str]
+    command: tuple[str, ...] = ()  # for a callable: the words that would be run
+    files: tuple["GuestFile", ...] = ()
+    mounts: tuple[tuple[str, str], ...] = ()  # a path in the machine, and the volume's folder
 
 
 class Connection(Protocol):
@@ -45,6 +67,11 @@ class Guest(Protocol):
         ...
 
     @property
+    def ended_by(self) -> int:
+        """The signal that ended its main process; 0 if none did, or it still runs."""
+        ...
+
+    @property
     def exited(self) -> "asyncio.Future[int]":
         """The exit code, once nothing of the machine is left; shield it from whoever waits."""
         ...
@@ -59,6 +86,10 @@ class Guest(Protocol):
 
     async def connect(self) -> Connection:
         """Connect to the port; OSError if nothing listens."""
+        ...
+
+    async def execute(self, command: Sequence[str], stdin: bytes, timeout_s: float) -> Outcome:
+        """Run one more command in it; TimeoutError, NotImplementedError if it cannot."""
         ...
 
 

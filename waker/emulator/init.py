@@ -2,8 +2,8 @@
 
 Run as a script of its own, with the standard library alone:  init.py CONTROL_FD ON_FAILURE N1 ARG… [N2 ARG…]
 
-It speaks lines on the control socket. Out: `spawned INDEX PID`, `exited INDEX CODE`, `ended CODE`. In: `signal NUMBER`
-(to the main processes alone, as the platform does) and `kill`. When the machine ends, or the emulator
+It speaks lines on the control socket. Out: `spawned INDEX PID`, `exited INDEX CODE`, `ended CODE SIGNAL`.
+In: `signal NUMBER` (to the main processes alone, as the platform does) and `kill`. When the machine ends, or the emulator
 does (the control socket closes), everything that was ever started here is killed, daemons and all: this process is the
 subreaper of its descendants, so nothing escapes by forking twice or by leaving the session.
 """
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     report(control, *(f"spawned {index} {pid}" for pid, index in running.items()))
 
     code = None
-    last = 0
+    last = ended_by = 0
     due: list[tuple[float, int]] = []
     received = b""
     poll = select.poll()
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> None:
                 if pid not in running:
                     continue
                 index, last = running.pop(pid), exit_code(status)
+                ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
                 if len(commands) > 1:
                     report(control, f"exited {index} {last}")
                 if code is not None:
@@ -84,11 +85,11 @@ def main(argv: list[str]) -> None:
                     for pid in running:
                         os.kill(pid, int(number))
                 else:
-                    code = KILLED
+                    code, ended_by = KILLED, signal.SIGKILL
             if not chunk:
                 code = KILLED
     kill_everything()
-    report(control, f"ended {code}")
+    report(control, f"ended {code} {int(ended_by)}")
     os._exit(0)
 
 

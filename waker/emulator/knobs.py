@@ -149,11 +149,87 @@ class Knobs:
         "stop",
     )
 
+    # The Machines API
+    api_rate_per_s: float = _knob(1.0, "requests for one action on one machine or app in a second; 429 beyond", RATES)
+    api_burst: int = _knob(3, "requests for one action on one machine or app at once", RATES)
+    api_get_rate_per_s: float = _knob(5.0, "the same for getting a machine", RATES)
+    api_get_burst: int = _knob(10, "the same for getting a machine", RATES)
+    api_app_deletes_per_min: int = _knob(100, "apps that may be deleted in a minute", RATES)
+    prepare_s: Span = _knob(
+        (3.0, 12.0),
+        "from a create to the start of its first boot; a start is refused until then",
+        "machines/overview: low double-digit seconds; a start 6 s after a create was refused",
+    )
+    destroy_s: Span = _knob((0.1, 0.5), "how long a machine is `destroying`", UNDOCUMENTED)
+    destroyed_shown_s: float = _knob(
+        172_800.0, "how long a destroyed machine can be got", "cron-manager's source: 48 h"
+    )
+    start_when_started: str = _knob(
+        "refused",
+        "a start through the API of a machine that is up: 412, or 200",
+        "blueprints advise to call it and to ignore the error",
+        "refused",
+        "accepted",
+    )
+    wait_stopped_needs_version: bool = _knob(
+        False,
+        "whether waiting for `stopped` without version or instance_id is refused with 400",
+        "machines-resource and Kilo-Org/cloud#297 say yes; flyctl never sends one and works",
+    )
+    wait_max_s: int = _knob(
+        60, "the longest wait that may be asked for; 400 beyond", "machines-resource; fly-go clamps"
+    )
+    lease_ttl_s: int = _knob(13, "how long a lease is held that was asked for without a ttl", UNDOCUMENTED)
+    lease_envelope: bool = _knob(
+        True,
+        "whether a lease comes as {status, data} or bare",
+        "machines-resource and fly-go say enveloped, the OpenAPI file bare",
+    )
+    exit_event_in: str = _knob(
+        "request",
+        "where an exit event's `request` holds its exit_event: at once, or in MonitorEvent",
+        "machines/_get.erb; fly-go prefers MonitorEvent where it is present",
+        "request",
+        "MonitorEvent",
+    )
+    exit_event_omits_zeros: bool = _knob(
+        False, "whether zeros and falses are left out of an exit event", "fly-go's own JSON does"
+    )
+    exited_at: str = _knob(
+        "rfc3339",
+        "how an exit event writes its time",
+        "machines/_get.erb (2023) shows milliseconds, fly-go reads a time string",
+        "rfc3339",
+        "milliseconds",
+    )
+    autostop_in_answers: str = _knob(
+        "boolean",
+        "how answers write `autostop`: false and true for off and stop, or the words",
+        "the OpenAPI file's description and its schema disagree",
+        "boolean",
+        "string",
+    )
+    autostart_default: bool = _knob(
+        False, "a service without `autostart`", "machines-resource says false, fly.toml's reference true"
+    )
+    unknown_image_status: int = _knob(422, "a create whose image cannot be found", UNDOCUMENTED)
+    full_regions: str = _knob("", "regions without capacity, with commas between: creates and starts fail", "ours")
+    schedule_jitter: float = _knob(
+        0.1, "how far a scheduled start may be off, as a part of its interval", "fly-machine-run: approximately"
+    )
+
     # How long the faults last
     slow_start_s: float = _knob(8.0, "what the fault slow_start adds to a boot", "ours")
     slow_answer_s: float = _knob(2.0, "what the fault slow_answer adds to an answer", "ours")
     late_gossip_s: float = _knob(5.0, "how much later the fault late_gossip lets the proxy learn of an exit", "ours")
-    kill_machine_s: Span = _knob((0.0, 2.0), "when, after a start, the fault kill_machine strikes", "ours")
+    kill_machine_s: Span = _knob(
+        (0.0, 2.0), "when, after a start, the faults kill_machine and out_of_memory strike", "ours"
+    )
+    api_slow_s: float = _knob(5.0, "what the fault api_slow_answer adds to an answer of the Machines API", "ours")
+    api_create_late_s: float = _knob(
+        3.0, "how long after its connection broke the fault api_create_late creates the machine", "ours"
+    )
+    lease_held_s: float = _knob(10.0, "how long the fault lease_held holds a machine's lease", "ours")
 
     def __post_init__(self) -> None:
         errors = [error for knob in self for error in _errors(knob)]

@@ -81,6 +81,21 @@ class LocalPlatform:
         return self._platform.url
 
     @property
+    def api_url(self) -> str:
+        """The Machines API's address, for FLY_FLAPS_BASE_URL; empty unless `api=True`."""
+        return self._platform.api_url
+
+    @property
+    def api_token(self) -> str:
+        """The token that the Machines API accepts."""
+        return self._platform.api_token
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What points any client at this platform."""
+        return self._platform.environment
+
+    @property
     def epoch(self) -> float:
         """Unix time at which the platform began."""
         return self._platform.epoch

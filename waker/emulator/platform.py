@@ -2,39 +2,41 @@
 
 import asyncio
 import os
-import random
-import shutil
+import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
+from .api import Api
 from .clock import VirtualLoop
+from .cloud import VIRTUAL_PORT, Cloud
 from .events import Event, EventLog, Run
 from .faults import Faults
 from .front import Front
-from .guest import Boot, Runner
 from .knobs import Knobs
-from .machine import Machine, StopConfig
-from .message import Body, Reply, Request
-from .process import LOOPBACK, PORTS, PortClaim, ProcessRunner
-from .proxy import Proxy, Service
+from .machine import Machine
+from .message import Answer, Body, Reply, Request
+from .process import LOOPBACK
+from .proxy import Service
+from .recipe import Image
 from .routing import Limits
-from .states import ALIVE, MAX_RESTARTS, POLICIES
-from .virtual import CallableRunner, Program
+from .shapes import seconds_in
+from .states import ALIVE, MAX_RESTARTS, POLICIES, State
+from .virtual import Program
 from .world import World
 
 __all__ = ["MachineInfo", "Platform"]
 
 Command = Sequence[str]
 
-MAX_LOG_LINES = 1_000  # per machine
-MEMORY_MB = 256
+VIRTUAL_API = "http://_api.internal:4280"
+VIRTUAL_TOKEN = "emulated"  # noqa: S105 - nothing listens there
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class MachineInfo:
     runs: tuple[Run, ...]
     billed_s: float
     in_flight: int
+    name: str = ""
+    app: str = ""
 
 
 class Platform:
@@ -62,6 +66,10 @@ class Platform:
     *env* is the whole environment of the machines besides what the platform sets, and PATH if absent.
     What stands in for the platform on one host: WORKER_PORT and PORT (each machine's own), TMPDIR (private, wiped at
     each start) and WORKER_BATON (the proxy's address, unless *env* has one).
+
+    With *api* the Machines API listens too, at `api_url`, for whoever has `api_token`; `environment` points clients at
+    both. *images* says what an image that a config names would run: its command, or a callable; the app's own is
+    `registry.fly.io/APP:emulated`. Without a command all machines come from the API.
 
     *knobs* choose among readings of the platform, *faults* switch misbehaviour on, *seed* repeats both.
     """
@@ -86,6 +94,10 @@ class Platform:
         cwd: str | None = None,
         host: str = LOOPBACK,
         port: int = 0,
+        api: bool = False,
+        api_port: int = 0,
+        api_token: str | None = None,
+        images: Mapping[str, Command | Program | Image] | None = None,
         knobs: Knobs | None = None,
         faults: Faults | None = None,
         seed: int = 0,
@@ -98,6 +110,7 @@ class Platform:
             command=command,
             processes=processes,
             machines=machines,
+            api=api,
             regions=regions,
             soft_limit=soft_limit,
             hard_limit=hard_limit,
@@ -107,48 +120,94 @@ class Platform:
             kill_timeout_s=kill_timeout_s,
             cwd=cwd,
         )
-        self._program: Program | None = command if callable(command) else None
-        self._commands: Sequence[Command] = processes or (() if command is None or callable(command) else (command,))
-        self._count = machines
+        self._count = 0 if command is None and processes is None else machines
         self._app = app
+        self._image = f"registry.fly.io/{app}:emulated"
+        self._images = {name: Image.of(what) for name, what in (images or {}).items()}
+        if command is not None or processes is not None:
+            self._images.setdefault(self._image, Image() if command is None else Image.of(command))
         self._regions = regions
         self._service = Service(app, regions[0], Limits(soft_limit, hard_limit), auto_start, concurrency)
-        self._config = StopConfig(
-            signal.Signals[kill_signal or self._knobs.default_kill_signal], kill_timeout_s, restart, max_retries
-        )
+        self._machine_config = {
+            "image": self._image,
+            "env": {"FLY_PROCESS_GROUP": "app", "PRIMARY_REGION": regions[0]},
+            "metadata": {"fly_process_group": "app"},
+            "restart": {"policy": restart, "max_retries": max_retries},
+            "stop_config": {
+                "signal": kill_signal or self._knobs.default_kill_signal,
+                "timeout": seconds_in(kill_timeout_s),
+            },
+            "processes": [{"exec": [os.fspath(word) for word in words]} for words in processes or ()],
+        }
+        self._machine_service = {
+            "protocol": "tcp",
+            "internal_port": VIRTUAL_PORT,
+            "autostart": auto_start,
+            "autostop": "off",
+            "concurrency": {"type": concurrency, "soft_limit": soft_limit}
+            | ({} if hard_limit is None else {"hard_limit": hard_limit}),
+            "ports": [{"port": 80, "handlers": ["http"]}],
+        }
         self._env = dict(env or {})
         self._cwd = cwd
         self._address = (host, port)
+        self._api_address = (host, api_port)
         self._seed = seed
         self._log_to = log if log is not None else _to_stderr
         self._log = EventLog()
-        self._tails: dict[str, deque[str]] = {}
-        self._machines: dict[str, Machine] = {}
-        self._claims: list[PortClaim] = []
-        self._front: Front | None = None
-        self._folder: str | None = None
+        self._api_wanted = api
+        self._api: Api | None = None
+        self._api_front: Front | None = None
+        self._given_token = api_token
         self._started = False
         self.url = f"http://{app}.flycast"
+        self.api_url = ""
+        self.api_token = ""
 
     # Life
 
     async def __aenter__(self) -> "Platform":
         virtual = isinstance(asyncio.get_running_loop(), VirtualLoop)
         self._world = World(self._knobs, self._faults, self._seed, self._log, (lambda: 0.0) if virtual else time.time)
-        self._proxy = Proxy(self._world, self._service, self._machines)
+        self._cloud = Cloud(
+            self._world,
+            images=self._images,
+            regions=self._regions,
+            env=self._env,
+            cwd=self._cwd,
+            seed=self._seed,
+            virtual=virtual,
+            log=lambda machine, line: self._told(self._log_to, machine, line),
+            listen=self._log.listen,
+        )
         try:
-            if not virtual:
-                self._front = Front(self._proxy.handle, keep=self._knobs.replay_max_bytes)
-                host, port = self._address
-                port = await self._front.start(host, port)
-                self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            self._create_machines()
+            await self._open(virtual)
         except BaseException:
             await self.close()
             raise
         self._started = True
-        self._world.emit("platform.started", url=self.url)
+        shown = {"url": self.url, "api_url": self.api_url} if self.api_url else {"url": self.url}
+        self._world.emit("platform.started", **shown)
         return self
+
+    async def _open(self, virtual: bool) -> None:
+        app = await self._cloud.open_app(self._app, service=self._service, listen=self._address)
+        self._proxy = app.proxy
+        self.url = app.url
+        self._cloud.allocate(app, "private_v6")
+        if self._api_wanted:
+            # Whoever has the token runs commands here: it must not be guessed, except where nothing listens.
+            self.api_token = self._given_token or (VIRTUAL_TOKEN if virtual else secrets.token_hex(16))
+            self._api = Api(self._world, self._cloud, self.api_token, self._regions[0], self._seed)
+            self.api_url = VIRTUAL_API
+            if not virtual:
+                self._api_front = Front(self._api.handle, keep=0)
+                host, port = self._api_address[0], await self._api_front.start(*self._api_address)
+                self.api_url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        for index in range(self._count):
+            config = {**self._machine_config, "services": [{**self._machine_service}]}
+            region = self._regions[index % len(self._regions)]
+            self._cloud.create(app, config, region=region, state=State.STOPPED, own_port=True)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -157,85 +216,32 @@ class Platform:
 
     async def close(self) -> None:
         """Kill every machine at once and take the platform down. `stop_all` first is the gentle way."""
-        if self._front is not None:
-            await self._front.close()
-        guests = [machine.guest for machine in self._machines.values() if machine.guest is not None]
+        if self._api_front is not None:
+            await self._api_front.close()
+        await self._cloud.close_fronts()
+        guests = [machine.guest for machine in self._all() if machine.guest is not None]
         await self._world.close()
         for guest in guests:
             guest.kill()
         for guest in guests:
             await asyncio.shield(guest.exited)
-        self._proxy.close()
-        for claim in self._claims:
-            claim.release()
-        self._claims.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._cloud.close()
         if self._started:
             self._world.emit("platform.stopped")
         self._started = False
         if self._world.failures:
             raise self._world.failures.pop(0)
 
-    def _create_machines(self) -> None:
-        # Ids look like the platform's, differ between seeds, and say in their last digits which is which.
-        rng = random.Random(f"machines:{self._seed}")
-        family = f"{rng.randrange(16**9):09x}"
-        runner: Runner
-        if self._program is not None:
-            runner = CallableRunner(self._program, log=self._machine_log)
-        else:
-            self._folder = tempfile.mkdtemp(prefix="fly-")
-            on_failure = self._knobs.process_failure
-            runner = ProcessRunner(
-                self._commands,
-                on_failure=on_failure,
-                cwd=self._cwd,
-                log=self._machine_log,
-                process_exited=self._process_exited,
-            )
-        first_port = rng.randrange(len(PORTS)) + os.getpid() * 16
-        for index in range(self._count):
-            region = self._regions[index % len(self._regions)]
-            machine_id = f"e{family}{0x8000 + 17 * (index + 1) & 0xFFFF:04x}"
-            port = 8080
-            if self._program is None:
-                self._claims.append(PortClaim(first_port + index))
-                port = self._claims[-1].port
-            self._tails[machine_id] = deque(maxlen=MAX_LOG_LINES)
-            self._machines[machine_id] = Machine(
-                self._world,
-                runner,
-                Boot(machine_id, port, self._machine_env(machine_id, index, region, port)),
-                region=region,
-                distance=self._regions.index(region),
-                config=self._config,
-                failure_stops=len(self._commands) > 1 and self._knobs.process_failure == "stop",
-            )
-            self._world.emit("machine.created", machine_id, region=region, port=port)
+    def _all(self) -> list[Machine]:
+        return [deployed.machine for deployed in self._cloud.machines.values()]
 
-    def _machine_env(self, machine_id: str, index: int, region: str, port: int) -> Mapping[str, str]:
-        env = {name: value for name, value in self._env.items() if not name.startswith("FLY_")}
-        env.setdefault("PATH", os.pathsep.join((os.path.dirname(sys.executable), os.defpath)))
-        env |= {
-            "FLY_ALLOC_ID": machine_id,
-            "FLY_APP_NAME": self._app,
-            "FLY_IMAGE_REF": f"registry.fly.io/{self._app}:emulated",
-            "FLY_MACHINE_ID": machine_id,
-            "FLY_MACHINE_VERSION": f"01EMULATED{self._seed % 10**8:08d}{index:08d}",
-            "FLY_PRIVATE_IP": f"fdaa:0:6ba9:a7b:{index + 1:x}::2",
-            "FLY_PROCESS_GROUP": "app",
-            "FLY_PUBLIC_IP": f"2605:4c40::{index + 1:x}",
-            "FLY_REGION": region,
-            "FLY_VM_MEMORY_MB": str(MEMORY_MB),
-            "PORT": str(port),
-            "PRIMARY_REGION": self._regions[0],
-            "WORKER_BATON": self._env.get("WORKER_BATON", self.url),
-            "WORKER_PORT": str(port),
-        }
-        if self._folder is not None:
-            env["TMPDIR"] = os.path.join(self._folder, machine_id)
-        return env
+    @property
+    def environment(self) -> dict[str, str]:
+        """What points any client at this platform; the names are those that the platform's own tools read."""
+        pointers = {"FLY_APP_NAME": self._app, "WAKER_TARGET": self.url}
+        if self.api_url:
+            pointers |= {"FLY_FLAPS_BASE_URL": self.api_url, "FLY_API_TOKEN": self.api_token}
+        return pointers
 
     # What a person or a test may do
 
@@ -257,12 +263,38 @@ class Platform:
             return pieces.popleft() if pieces else b""
 
         request = Request(method, target, fields, Body(read, keep=self._knobs.replay_max_bytes) if body else Body())
-        answer = await self._proxy.handle(request)
-        try:
-            content = b"".join([chunk async for chunk in answer.body])
-        finally:
-            await answer.aclose()
-        return Reply(answer.status, answer.headers, content)
+        return await _read(await self._proxy.handle(request))
+
+    async def fetch(
+        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: bytes = b""
+    ) -> Reply:
+        """Send a request to any address here without a socket: the API, an app's `.flycast`, a private address.
+
+        For clients on the virtual clock. Raise ConnectionError as a socket would.
+        """
+        parts = urlsplit(url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        pieces = deque([body] if body else [])
+
+        async def read() -> bytes:
+            return pieces.popleft() if pieces else b""
+
+        fields = tuple((headers or {}).items())
+        request = Request(method, target, fields, Body(read, keep=self._knobs.replay_max_bytes) if body else Body())
+        if self._api is not None and url.startswith(self.api_url):
+            return await _read(await self._api.handle(request))
+        for app in self._cloud.apps.values():
+            if app.addresses and parts.netloc == urlsplit(app.url).netloc:
+                return await _read(await app.proxy.handle(request))
+        for deployed in self._cloud.machines.values():
+            guest = deployed.machine.guest
+            if parts.hostname == deployed.private_ip and guest is not None:
+                connection = await guest.connect()
+                try:
+                    return await _read(await connection.send(request))
+                finally:
+                    connection.close()
+        raise ConnectionRefusedError(f"nothing listens at {parts.netloc}")
 
     async def start_machine(self, machine_id: str) -> None:
         """Start one as the Machines API does; raise RefusedError if the platform refuses."""
@@ -276,9 +308,9 @@ class Platform:
 
     async def stop_all(self, timeout_s: float | None = None) -> None:
         """Stop every machine as the platform does, and wait until all have stopped."""
-        for machine in self._machines.values():
+        for machine in self._all():
             machine.stop(None, timeout_s, source="emulator")
-        while any(machine.state in ALIVE for machine in self._machines.values()):
+        while any(machine.state in ALIVE for machine in self._all()):
             await self._world.changed.wait()
 
     async def kill(self, machine_id: str) -> None:
@@ -315,7 +347,7 @@ class Platform:
     @property
     def machines(self) -> tuple[MachineInfo, ...]:
         """All machines as they are now."""
-        return tuple(self.machine(machine_id) for machine_id in self._machines)
+        return tuple(self.machine(machine_id) for machine_id in self._cloud.machines)
 
     def machine(self, machine_id: str) -> MachineInfo:
         """One machine as it is now."""
@@ -332,6 +364,8 @@ class Platform:
             runs=runs,
             billed_s=sum(run.billed_s(self._world.now()) for run in runs),
             in_flight=machine.in_flight,
+            name=self._cloud.machines[machine_id].name,
+            app=self._cloud.machines[machine_id].app.name,
         )
 
     @property
@@ -353,7 +387,7 @@ class Platform:
 
     def logs(self, machine_id: str) -> list[str]:
         """The last lines that a machine printed."""
-        return list(self._tails[machine_id])
+        return list(self._cloud.tails[machine_id])
 
     async def wait_for(self, condition: Callable[[], Any] | str, timeout_s: float = 30.0, *, since: int = 0) -> Any:
         """Wait until *condition* is true, or, if it is an event type, for such an event after the first *since* ones.
@@ -387,26 +421,20 @@ class Platform:
         """
 
         def quiet() -> bool:
-            return not self._proxy.open_requests and not any(each.state in ALIVE for each in self._machines.values())
+            requests = any(app.proxy.open_requests for app in self._cloud.apps.values())
+            return not requests and not any(each.state in ALIVE or each.due for each in self._all())
 
         await self.wait_for(quiet, timeout_s)
 
     def _summary(self) -> str:
-        states = ", ".join(f"{machine.id} {machine.state}" for machine in self._machines.values())
+        states = ", ".join(f"{machine.id} {machine.state}" for machine in self._all())
         return f"{states}; {self._proxy.open_requests} requests under way"
 
     def _machine(self, machine_id: str) -> Machine:
         try:
-            return self._machines[machine_id]
+            return self._cloud.machines[machine_id].machine
         except KeyError:
-            raise KeyError(f"no machine {machine_id!r}; there are {', '.join(self._machines)}") from None
-
-    def _process_exited(self, machine_id: str, index: int, code: int) -> None:
-        self._world.emit("machine.process_exited", machine_id, process=index, exit_code=code)
-
-    def _machine_log(self, machine_id: str, line: str) -> None:
-        self._tails[machine_id].append(line)
-        self._told(self._log_to, machine_id, line)
+            raise KeyError(f"no machine {machine_id!r}; there are {', '.join(self._cloud.machines)}") from None
 
     def _told(self, callback: Callable[..., None], *args: Any) -> None:
         """Call somebody else's *callback* in the middle of ours."""
@@ -414,6 +442,15 @@ class Platform:
             callback(*args)
         except Exception as error:
             self._world.failures = self._world.failures or [error]
+
+
+async def _read(answer: Answer) -> Reply:
+    """An answer, to its end."""
+    try:
+        content = b"".join([chunk async for chunk in answer.body])
+    finally:
+        await answer.aclose()
+    return Reply(answer.status, answer.headers, content)
 
 
 def _to_stderr(machine_id: str, line: str) -> None:
@@ -431,6 +468,7 @@ def _check(
     command: Any,
     processes: Any,
     machines: int,
+    api: bool,
     regions: tuple[str, ...],
     soft_limit: int,
     hard_limit: int | None,
@@ -442,14 +480,14 @@ def _check(
 ) -> None:
     """Every error at once."""
     errors = []
-    if (command is None) == (processes is None):
+    if (command is not None and processes is not None) or (command is None and processes is None and not api):
         errors.append("give a command, or processes, and not both")
     elif isinstance(command, str) or any(isinstance(each, str) for each in processes or ()):
         errors.append("a command is a list of words, like ['worker', 'up', 'app.tasks:queue']")
-    elif not callable(command) and not all(processes or (command,)):
+    elif not callable(command) and not all(processes or (command is None or command,)):
         errors.append("a command needs at least one word")
-    if machines < 1:
-        errors.append(f"machines={machines}: expected at least 1")
+    if machines < (not api):
+        errors.append(f"machines={machines}: expected at least {0 if api else 1}")
     if not regions or not all(regions):
         errors.append("region: expected a name, like 'ams', or several")
     if soft_limit < 1 or (hard_limit is not None and hard_limit < soft_limit):

@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
-from .guest import Boot
+from .guest import Boot, GuestFile, Outcome
 from .wire import HttpConnection
 
 __all__ = ["PortClaim", "ProcessGuest", "ProcessRunner"]
@@ -72,9 +73,16 @@ class ProcessRunner:
         self._process_exited = process_exited
 
     async def boot(self, boot: Boot) -> "ProcessGuest":
-        """Wipe the private temporary directory, then start."""
-        shutil.rmtree(boot.env["TMPDIR"], ignore_errors=True)
-        os.makedirs(boot.env["TMPDIR"], mode=0o700)
+        """Wipe the private temporary directory, put the machine's files and volumes there, then start."""
+        root = boot.env["TMPDIR"]
+        shutil.rmtree(root, ignore_errors=True)
+        os.makedirs(root, mode=0o700)
+        for path, folder in boot.mounts:
+            place = os.path.join(root, path.lstrip("/"))
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.symlink(folder, place)
+        for file in boot.files:
+            _write(os.path.join(root, file.path.lstrip("/")), file)
         guest = ProcessGuest(boot.machine, boot.port, self._log, self._process_exited)
         await guest.start(self._commands, self._on_failure, dict(boot.env), self._cwd)
         return guest
@@ -91,6 +99,9 @@ class ProcessGuest:
         process_exited: Callable[[str, int, int], None],
     ) -> None:
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.ended_by = 0
+        self._env: Mapping[str, str] = {}
+        self._cwd: str | None = None
         self._machine = machine
         self._port = port
         self._log = log
@@ -105,6 +116,7 @@ class ProcessGuest:
 
     async def start(self, commands: list[list[str]], on_failure: str, env: dict[str, str], cwd: str | None) -> None:
         """Start the init; return when it has started the commands."""
+        self._env, self._cwd = env, cwd
         ours, theirs = socket.socketpair()
         arguments = [word for command in commands for word in (str(len(command)), *command)]
         try:
@@ -139,13 +151,50 @@ class ProcessGuest:
         """The init kills everything that was ever started in this machine, then ends."""
         self._order("kill\n")
 
+    async def execute(self, command: Sequence[str], stdin: bytes, timeout_s: float) -> Outcome:
+        """Run *command* under an init of its own, which leaves nothing behind; it ends with the machine."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", INIT, str(theirs.fileno()), "stop", str(len(command)), *command,
+                env=dict(self._env),
+                cwd=self._cwd,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        talk = asyncio.ensure_future(process.communicate(stdin))
+        tale = asyncio.ensure_future(reader.read())
+        try:
+            either: set[asyncio.Future[Any]] = {talk, self.exited}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            in_time = talk.done()
+            if not in_time:
+                writer.write(b"kill\n")
+            out, err = await talk
+            code, ended_by = _ending((await tale).decode())
+        finally:
+            writer.close()  # a caller that left: the init kills what runs when this end is closed
+            tale.cancel()
+        if not in_time and not self.exited.done():
+            raise TimeoutError
+        return Outcome(code, ended_by, out, err)
+
     def _order(self, line: str) -> None:
         if not self._orders.is_closing():
             self._orders.write(line.encode())
 
     async def _follow(self) -> None:
         """Read what the init tells until it has ended."""
-        code = 128 + signal.SIGKILL  # if somebody killed the init itself
+        code, self.ended_by = 128 + signal.SIGKILL, int(signal.SIGKILL)  # if somebody killed the init itself
         with suppress(ConnectionError):
             while line := await self._control.readline():
                 word, *numbers = line.decode().split()
@@ -156,7 +205,7 @@ class ProcessGuest:
                     self._pids.pop(int(numbers[0]), None)
                     self._process_exited(self._machine, int(numbers[0]), int(numbers[1]))
                 elif word == "ended":
-                    code = int(numbers[0])
+                    code, self.ended_by = int(numbers[0]), int(numbers[1])
         self._orders.close()
         # The control socket closes a moment before the process is gone: this returns at once.
         if self._init.wait() != 0:
@@ -185,6 +234,20 @@ class ProcessGuest:
                 self._log(self._machine, rest.decode(errors="replace"))
         finally:
             transport.close()
+
+
+def _write(place: str, file: GuestFile) -> None:
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    with open(place, "wb") as opened:
+        opened.write(file.content)
+    os.chmod(place, file.mode)
+
+
+def _ending(tale: str) -> tuple[int, int]:
+    """Exit code and signal, from what an init told in its life."""
+    last = tale.split("\n")[-2:-1]
+    words = last[0].split() if last else []
+    return (int(words[1]), int(words[2])) if words[:1] == ["ended"] else (128 + signal.SIGKILL, int(signal.SIGKILL))
 
 
 def _kill_session(session: int) -> None:

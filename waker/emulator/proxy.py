@@ -242,8 +242,18 @@ class Proxy:
 
     def _views(self) -> list[View]:
         return [
-            View(each.id, each.belief, each.in_flight, each.region, each.distance, each.recently_stopped)
+            View(
+                each.id,
+                each.belief,
+                each.in_flight,
+                each.region,
+                each.distance,
+                each.recently_stopped,
+                exposed.limits,
+                exposed.auto_start,
+            )
             for each in self._machines.values()
+            if (exposed := each.exposed) is not None
         ]
 
     async def _reach(self, request: Request, wish: Wish, number: int) -> tuple[Answer, Machine]:
@@ -408,14 +418,18 @@ class Proxy:
         give_up_at = world.now() + knobs.wake_timeout_s
         held = False
         while True:
-            if machine.state is State.DESTROYED:
+            if machine.state in (State.DESTROYING, State.DESTROYED):
                 raise _ElsewhereError("PR02", f"machine {machine.id} not found")
             if machine.guest is not None and machine.belief is State.STARTED:
                 return machine.guest
-            if machine.state in STARTABLE or (machine.state is State.STOPPING and machine.belief not in UP):
+            if machine.state in (*STARTABLE, State.REPLACING) or (
+                machine.state is State.STOPPING and machine.belief not in UP
+            ):
                 if machine.belief in UP and machine.recently_stopped and not alone:
                     raise _ElsewhereError("PM11", "machine was recently stopped, go elsewhere")
-                if not may_start or not self._service.auto_start:
+                exposed = machine.exposed
+                auto_start = exposed is not None and exposed.auto_start
+                if not may_start or not (self._service.auto_start if auto_start is None else auto_start):
                     raise _ElsewhereError("PR01", f"machine {machine.id} is not running and may not be started")
                 try:
                     machine.start("proxy")

@@ -39,6 +39,8 @@ class View:
     region: str = ""
     distance: int = 0
     recently_stopped: bool = False
+    limits: Limits | None = None  # its own, where they differ from the app's
+    auto_start: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +100,12 @@ def route(
     if wish.regions:
         views = [view for view in views if view.region in wish.regions]
     up = [view for view in views if view.state in UP]
-    down = [view for view in views if view.state in DOWN] if auto_start and wish.may_start else []
-    open_ = [view for view in up if limits.hard is None or view.in_flight < limits.hard]
+    down = [
+        view
+        for view in views
+        if view.state in DOWN and wish.may_start and (auto_start if view.auto_start is None else view.auto_start)
+    ]
+    open_ = [view for view in up if (hard := (view.limits or limits).hard) is None or view.in_flight < hard]
 
     preferred = [view for view in (*open_, *down) if view.id == wish.prefer]
     if preferred:
@@ -121,7 +127,7 @@ def route(
 
 def _full(view: View, limits: Limits, knobs: Knobs) -> bool:
     """Whether the machine has reached its soft limit, in the chosen reading of that."""
-    return view.in_flight > limits.soft - (knobs.soft_limit_reading == "at-or-above")
+    return view.in_flight > (view.limits or limits).soft - (knobs.soft_limit_reading == "at-or-above")
 
 
 def _near(view: View, wish: Wish) -> tuple[bool, int]:

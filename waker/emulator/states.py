@@ -8,17 +8,31 @@
                    stopped                               │
                                                          └──Stop──▶ stopped
 
+    created, started, stopped ──Replace──▶ replacing ──Start──▶ starting, or ──Replaced──▶ stopped
+    created, stopped ──Remove──▶ destroying ──Destroyed──▶ destroyed
+
 Rule 1: a pair that is not in the table raises and changes nothing.
 Rule 2: this file knows no clock, no process and no socket.
 
-The states' names are the platform's own (Fly docs: machines/machine-states). Suspending, updating and replacing are not
+The states' names are the platform's own (Fly docs: machines/machine-states). Suspending is not
 emulated.
 """
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
-__all__ = ["ALIVE", "POLICIES", "STARTABLE", "TABLE", "ImpossibleStepError", "State", "Step", "restart_granted", "step"]
+__all__ = [
+    "ALIVE",
+    "POLICIES",
+    "SETTLED",
+    "STARTABLE",
+    "TABLE",
+    "ImpossibleStepError",
+    "State",
+    "Step",
+    "restart_granted",
+    "step",
+]
 
 
 class State(StrEnum):
@@ -30,6 +44,8 @@ class State(StrEnum):
     STOPPING = "stopping"  # a stop was asked for; the program has until the kill timeout
     STOPPED = "stopped"  # nothing runs, nothing is billed
     RESTARTING = "restarting"  # the program failed and the restart policy will start it again
+    REPLACING = "replacing"  # its config is being changed; it may have to end first
+    DESTROYING = "destroying"  # nothing of it runs any more, and it is being removed
     DESTROYED = "destroyed"  # gone for good
 
 
@@ -42,22 +58,33 @@ class Step(StrEnum):
     STOP = "stop"
     EXITED = "exited"
     FAILED = "failed"
+    REPLACE = "replace"
+    REPLACED = "replaced"
+    REMOVE = "remove"
     DESTROY = "destroy"
 
 
 TABLE: Mapping[State, Mapping[Step, State]] = {
-    State.CREATED: {Step.START: State.STARTING, Step.DESTROY: State.DESTROYED},
+    State.CREATED: {Step.START: State.STARTING, Step.REPLACE: State.REPLACING, Step.REMOVE: State.DESTROYING},
     State.STARTING: {Step.BOOTED: State.STARTED, Step.BOOT_FAILED: State.STOPPED, Step.STOP: State.STOPPING},
-    State.STARTED: {Step.STOP: State.STOPPING, Step.EXITED: State.STOPPED, Step.FAILED: State.RESTARTING},
-    State.STOPPING: {Step.EXITED: State.STOPPED},
-    State.STOPPED: {Step.START: State.STARTING, Step.DESTROY: State.DESTROYED},
+    State.STARTED: {
+        Step.STOP: State.STOPPING,
+        Step.EXITED: State.STOPPED,
+        Step.FAILED: State.RESTARTING,
+        Step.REPLACE: State.REPLACING,
+    },
+    State.STOPPING: {Step.EXITED: State.STOPPED, Step.FAILED: State.RESTARTING},
+    State.STOPPED: {Step.START: State.STARTING, Step.REPLACE: State.REPLACING, Step.REMOVE: State.DESTROYING},
     State.RESTARTING: {Step.START: State.STARTING, Step.STOP: State.STOPPED},
+    State.REPLACING: {Step.START: State.STARTING, Step.REPLACED: State.STOPPED},
+    State.DESTROYING: {Step.DESTROY: State.DESTROYED},
     State.DESTROYED: {},
 }
 
 # By what may be done in them: a start is accepted; something of the machine is up or on its way.
 STARTABLE = frozenset({State.CREATED, State.STOPPED})
-ALIVE = frozenset({State.STARTING, State.STARTED, State.STOPPING, State.RESTARTING})
+ALIVE = frozenset({State.STARTING, State.STARTED, State.STOPPING, State.RESTARTING, State.REPLACING})
+SETTLED = frozenset({State.CREATED, State.STARTED, State.STOPPED, State.DESTROYED})
 
 POLICIES = ("on-failure", "always", "no")
 RESTART_WINDOW_S = 300.0  # the budget counts restarts of the last five minutes

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from .guest import Boot
+from .guest import Boot, Outcome
 from .message import Answer, Request
 
 __all__ = ["CallableMachine", "CallableRunner", "IncomingRequest"]
@@ -50,6 +50,8 @@ class CallableMachine:
     def __init__(self, boot: Boot, log: Callable[[str, str], None]) -> None:
         self.id = boot.machine
         self.env = boot.env
+        self.command = boot.command  # what a real machine would run: the config's init and the image's command
+        self.files = {file.path: file.content for file in boot.files}
         self._log = log
         self._waiting: deque[IncomingRequest] = deque()
         self._arrived = asyncio.Event()
@@ -120,6 +122,15 @@ class CallableGuest:
     def pids(self) -> Sequence[int]:
         """A callable has no processes."""
         return ()
+
+    @property
+    def ended_by(self) -> int:
+        """The signal that ended it, or 0."""
+        return self._signalled if self._task.cancelled() else 0
+
+    async def execute(self, command: Sequence[str], stdin: bytes, timeout_s: float) -> Outcome:
+        """A callable has no second command."""
+        raise NotImplementedError("exec in a machine whose program is a callable")
 
     async def _run(self, program: Program) -> int:
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .events import Event, EventLog
 from .faults import Dice, Faults
+from .history import rfc3339
 from .knobs import Knobs, Span
 
 __all__ = ["Pulse", "World"]
@@ -47,6 +48,10 @@ class World:
     def now(self) -> float:
         """Seconds since the platform began."""
         return self._loop.time() - self._began
+
+    def timestamp(self, at: float) -> str:
+        """*at* seconds after the platform began, the way the Machines API writes a time."""
+        return rfc3339(self.epoch + at)
 
     def emit(self, kind: str, machine: str | None = None, **fields: Any) -> None:
         """Put an event into the log."""

@@ -22,7 +22,11 @@ Everything after the options is the command that each machine runs; write -- bef
 The machines are stopped at the beginning; a request to the printed address starts them as the platform's proxy does.
 They inherit this environment (without FLY_*); a machine of its own gets PORT, WORKER_PORT, TMPDIR and the FLY_* names.
 
+The Machines API listens too; the printed environment points any client at it. What an image would run is said by
+--image; registry.fly.io/APP:emulated is the app's own. Whoever has the token runs commands on this machine.
+
   waker emulate --machines 3 -- worker up myapp.tasks:queue
+  waker emulate --machines 0 --image 'alpine=sh' --region ams,fra
   waker emulate --process 'worker listen' --process 'worker drain myapp.tasks:queue'
   waker emulate --knob soft_limit_reading=at-or-above --fault drop_connect=0.2 --seed 7 -- worker up myapp.tasks:queue
 """
@@ -35,6 +39,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machines", type=int, default=3, metavar="N", help="how many machines exist (default 3)")
     parser.add_argument("--app", default="my-worker", help="the app's name (default my-worker)")
     parser.add_argument("--region", default="ams", help="region, or several with commas; the first is the proxy's own")
+    parser.add_argument("--api-port", type=int, default=0, help="the Machines API's port (default: a free one)")
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="what an image runs that a client asks the API for; NAME may be *; repeatable",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="the proxy's port (default: a free one)")
     parser.add_argument(
@@ -102,6 +114,9 @@ def _platform(args: argparse.Namespace, environ: Mapping[str, str]) -> "Platform
             env={**environ, **_pairs("--env", args.env)},
             host=args.host,
             port=args.port,
+            api=True,
+            api_port=args.api_port,
+            images={name: shlex.split(words) for name, words in _pairs("--image", args.image).items()},
             knobs=Knobs().changed(_pairs("--knob", args.knob)),
             faults=Faults(**_pairs("--fault", args.fault)),
             seed=args.seed,
@@ -124,7 +139,7 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
     stop = asyncio.Event()
 
     def show(event: "Event") -> None:
-        if verbose or json_lines or not event.type.startswith("request."):
+        if verbose or json_lines or not event.type.startswith(("request.", "api.answered")):
             try:
                 print(json.dumps(event.as_dict()) if json_lines else event, flush=True)
             except BrokenPipeError:
@@ -141,7 +156,9 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
     except OSError as error:
         raise UsageError(f"cannot listen: {error.strerror or error}; choose another --host or --port") from error
     try:
-        if not json_lines:
+        if json_lines:
+            print(json.dumps({"type": "environment", **platform.environment}), flush=True)
+        else:
             _explain(platform)
         await stop.wait()
         stop.clear()
@@ -160,11 +177,13 @@ async def _serve(platform: "Platform", *, json_lines: bool, verbose: bool) -> in
 
 
 def _explain(platform: "Platform") -> None:
+    count = len(platform.machines)
     lines: list[Any] = [
-        f"This is an emulator. {len(platform.machines)} machines are stopped; a request starts them:",
+        f"This is an emulator. {count} machines are stopped; a request starts them:",
         f"    curl {platform.url}/",
-        f"    waker wake {platform.url} --machines {len(platform.machines)}",
-        f"    WAKER_TARGET={platform.url}",
+        f"    waker wake {platform.url} --machines {max(1, count)}",
+        "Its Machines API and its proxy, for any client (the token is good here alone):",
+        *(f"    export {name}={value}" for name, value in platform.environment.items()),
         "Ctrl-C stops the machines as the platform does; a second one kills them.",
     ]
     print(*lines, sep="\n", flush=True)
