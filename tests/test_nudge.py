@@ -376,6 +376,34 @@ print([os.waitpid(child, 0)[1] for child in children])
     assert len(workers.wakes) == 5
 
 
+def test_a_fork_waits_for_what_a_nudge_imports(workers: Workers) -> None:
+    """A child that is forked in the middle of an import would have half of asyncio for ever."""
+    script = """
+import os, sys, threading, time
+importing = threading.Event()
+
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name == "asyncio.events":
+            importing.set()
+            time.sleep(0.5)
+
+sys.meta_path.insert(0, Slow())
+from waker import Waker
+waker = Waker(sys.argv[1], nudge_interval_s=0.0)
+waker.nudge()
+importing.wait()
+child = os.fork()
+if child == 0:
+    waker.nudge()
+    os._exit(0 if waker.flush(20) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    done = run(script, workers.url)
+    assert done.stdout == "0\n", done.stderr
+    assert len(workers.wakes) == 2
+
+
 def test_in_a_drainer_a_nudge_to_its_own_app_does_nothing(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its next reading of the queue sees the job; another app's worker is woken all the same."""
     monkeypatch.setenv("WORKER_DRAINS", f"my-worker {workers.url}")

@@ -189,11 +189,11 @@ class _Waker:
             )
         import httpx
 
+        from .transport import WakeTransport
+
         spread = Spread(machines, busy_counts=busy_counts)
         transport = self._transport
         if transport is None and self._config.target.direct:
-            from .transport import WakeTransport
-
             transport = WakeTransport()
         if transport is not None:
             # No client around it: redirects, cookies and proxies are not for wakes, and a thousand would pay for them.
@@ -251,6 +251,11 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
+
+# Held while a nudge's thread imports what a wake needs. A fork waits for it, a fifth of a second once: the child would
+# have half of asyncio for ever, its own use of it included.
+_importing = threading.RLock()
+os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
 
 
 class _Call:
@@ -499,7 +504,12 @@ def _room_for(count: int) -> int:
 
 def _run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine to its end in this thread, or in one of its own if this one has a running event loop."""
-    import asyncio
+    with _importing:
+        import asyncio
+
+        import httpx  # noqa: F401 - for the coroutine, which imports it where no fork can be kept waiting
+
+        from . import transport  # noqa: F401 - likewise
 
     def run() -> T:
         # A loop of our own that nobody else sees: the thread's current event loop stays what it is.
