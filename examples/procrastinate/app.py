@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from procrastinate import App, PsycopgConnector
+
 from waker.queues import nudge_on_enqueue
 
 jobs = App(connector=PsycopgConnector(conninfo=os.environ["DATABASE_URL"]))

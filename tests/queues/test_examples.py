@@ -2,17 +2,17 @@
 
 import os
 import subprocess
-import urllib.request
 from typing import NamedTuple
 
 import pytest
-from harness import Process, free_port, running, until
+from harness import Process, ask, free_port, running, until
 from queues.lab import CHECKOUT, Unavailable, for_library
+
 from waker.emulator import Knobs
 
 
 class Example(NamedTuple):
-    """How one is run; {url} is its server's, {port} a free one."""
+    """How one is run; {url} is its server's."""
 
     folder: str
     extra: str
@@ -20,13 +20,24 @@ class Example(NamedTuple):
     target: str
     env: dict[str, str]
     pins: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()  # a command that makes its tables
+    before: tuple[str, ...] = ()  # `python …` that makes its tables
     order: str = ""  # Python that enqueues: greet, and the name "you"
-    web: tuple[str, ...] = ()  # or the command of a web server ...
+    web: tuple[str, ...] = ()  # or `python …` that serves the web, at {port} ...
     path: str = ""  # ... and where it takes orders
 
 
 EXAMPLES = (
+    Example("dramatiq", "dramatiq", "redis", "tasks:broker", {"REDIS_URL": "{url}"},
+            order='import tasks; tasks.greet.send("you")'),  # fmt: skip
+    Example(
+        "pgqueuer",
+        "pgqueuer",
+        "postgres",
+        "tasks:main",
+        {"DATABASE_URL": "{url}", "PGDSN": "{url}"},
+        before=("-m", "pgqueuer", "install"),
+        order="import asyncio, tasks; asyncio.run(tasks.order('you'))",
+    ),
     Example(
         "procrastinate",
         "procrastinate",
@@ -34,8 +45,8 @@ EXAMPLES = (
         "app:jobs",
         {"DATABASE_URL": "{url}"},
         pins=("fastapi>=0.115", "uvicorn>=0.30"),
-        before=("python", "-m", "procrastinate", "--app=app.jobs", "schema", "--apply"),
-        web=("python", "-m", "uvicorn", "app:web", "--port", "{port}"),
+        before=("-m", "procrastinate", "--app=app.jobs", "schema", "--apply"),
+        web=("-m", "uvicorn", "app:web", "--port", "{port}"),
         path="/greetings/you",
     ),
 )
@@ -52,32 +63,27 @@ def test_an_order_wakes_the_worker_of_the_example(example, servers, fly_platform
     own = {name: value.format(url=url, folder=tmp_path) for name, value in example.env.items()}
     env = {**inherited, **own, "PATH": f"{venv}/bin:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
     if example.before:
-        subprocess.run(
-            [f"{venv}/bin/{example.before[0]}", *example.before[1:]], cwd=folder, env=env, check=True, timeout=60
-        )
+        subprocess.run([f"{venv}/bin/python", *example.before], cwd=folder, env=env, check=True, timeout=60)
     platform = fly_platform([f"{venv}/bin/worker", "up", example.target], machines=1, knobs=Knobs(time_scale=0.05),
                             cwd=folder, env={**env, "WORKER_LINGER_S": "0"})  # fmt: skip
     env["WAKER_TARGET"] = platform.url
     if example.web:
-        port = str(free_port())
+        port = free_port()
         words = [word.format(port=port) for word in example.web]
-        with running(Process([f"{venv}/bin/{words[0]}", *words[1:]], env=env, cwd=folder)) as web:
-            until(lambda: _order(f"http://127.0.0.1:{port}{example.path}", web), "the order was taken")
+        with running(Process([f"{venv}/bin/python", *words], env=env, cwd=folder)) as web:
+            until(lambda: _order(port, example.path, web), "the order was taken")
             _carried_out(platform)
     else:
         subprocess.run([f"{venv}/bin/python", "-c", example.order], cwd=folder, env=env, check=True, timeout=60)
         _carried_out(platform)
 
 
-def _order(url, web):
+def _order(port, path, web):
     assert web.popen.poll() is None, web.text()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=30) as answer:
-            return answer.status in (200, 202)
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
-            return False  # it is starting
-        raise
+        return ask(port, path, method="POST").status in (200, 202)
+    except ConnectionRefusedError:
+        return False  # it is starting
 
 
 def _carried_out(platform):

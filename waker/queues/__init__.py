@@ -14,6 +14,7 @@ same probe. A queue is recognised by the names of its classes: no library is imp
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from types import FunctionType
 from typing import NamedTuple
 
 from ..backlog import Backlog
@@ -38,9 +39,22 @@ LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
     "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
     "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
+    "pgqueuer": Library(
+        (
+            "pgqueuer.core.applications.PgQueuer",
+            "pgqueuer.core.qm.QueueManager",
+            "pgqueuer.adapters.persistence.queries.Queries",
+            "pgqueuer.adapters.persistence.queries.SyncQueries",
+        ),
+        "pgqueuer",
+        ("pgqueuer", "asyncpg"),
+    ),
     "procrastinate": Library(("procrastinate.app.App",), "procrastinate", ("procrastinate", "psycopg"), named=True),
     "dramatiq": Library(
-        ("dramatiq.brokers.redis.RedisBroker", "dramatiq.worker.Worker"), "dramatiq", ("dramatiq",), named=True
+        ("dramatiq.brokers.redis.RedisBroker", "dramatiq.brokers.rabbitmq.RabbitmqBroker", "dramatiq.worker.Worker"),
+        "dramatiq",
+        ("dramatiq",),
+        named=True,
     ),
 }
 KNOWN = {kind: name for name, library in LIBRARIES.items() for kind in library.kinds}
@@ -69,7 +83,8 @@ class Finding(NamedTuple):
 def name_of(queue: object, names: Sequence[str] = ()) -> tuple[str, str]:
     """The name of the library that *queue* is an object of, and ""; or "" and why it cannot be used.
 
-    By its class, or the first base class that is known; for a list, by the classes of what is in it.
+    By its class, or the first base class that is known; for a list, by the classes of what is in it; for a factory, by
+    what it is annotated to return.
     """
     if isinstance(queue, list | tuple) and queue:
         found = {name_of(one, names) for one in queue}
@@ -79,7 +94,7 @@ def name_of(queue: object, names: Sequence[str] = ()) -> tuple[str, str]:
         if name and not LIBRARIES[name].several:
             return "", f"it is a list, and {name} takes one object that knows all its queues"
         return name, why
-    for base in type(queue).__mro__:
+    for base in _classes(queue):
         name = KNOWN.get(f"{base.__module__}.{base.__qualname__}", "")
         if name and names and not LIBRARIES[name].named:
             return "", f"--queues {','.join(names)} is given, and {name} has no queues that are chosen by name"
@@ -87,6 +102,22 @@ def name_of(queue: object, names: Sequence[str] = ()) -> tuple[str, str]:
             return name, ""
     kind = f"{type(queue).__module__}.{type(queue).__qualname__}"
     return "", f"it is a {kind}, which is not known; known are {', '.join(sorted(KNOWN))}"
+
+
+def _classes(queue: object) -> Iterator[type]:
+    """The class and base classes of *queue*; of a function, those of what it makes, as its annotation says."""
+    made: list[object] = [type(queue)]
+    if isinstance(queue, FunctionType) and "return" in queue.__annotations__:
+        from typing import get_args, get_type_hints
+
+        try:
+            returned = get_type_hints(queue)["return"]
+        except NameError:  # a name that is only there for type checkers
+            returned = None
+        made = [returned, *get_args(returned)]
+    for one in made:
+        if isinstance(one, type):
+            yield from one.__mro__
 
 
 def probe_for(queue: object, names: Sequence[str] = ()) -> Callable[[], Backlog]:

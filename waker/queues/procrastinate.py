@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..backlog import Backlog
 from . import Finding, Row
-from .hook import Nudges, nudge_with
+from .hook import Nudges, nudge_after_transaction, nudge_with
 
 if TYPE_CHECKING:
     from procrastinate import App
@@ -40,9 +40,6 @@ BEAT_S = 10.0
 # procrastinate.periodic.MAX_DELAY: a periodic task that is later than this is left out.
 PERIODIC_DELAY_S = 600.0
 CONNECT_S = 5
-# How often a connection of the caller's is looked at, for the end of its transaction, and for how long.
-COMMIT_POLL_S = 0.02
-COMMIT_WAIT_S = 300.0
 
 # The lock's condition is that of procrastinate_fetch_job_v2.
 READING = """
@@ -51,7 +48,8 @@ WITH wanted AS (
    WHERE status IN ('todo', 'doing') AND (%(queues)s::varchar[] IS NULL OR queue_name = ANY (%(queues)s))
 ), held AS (
   SELECT coalesce(worker.last_heartbeat + %(stalled_s)s * interval '1 s', '-infinity') AS until
-    FROM wanted LEFT JOIN procrastinate_workers worker ON worker.id = wanted.worker_id
+    FROM wanted LEFT JOIN procrastinate_workers worker
+      ON worker.id = wanted.worker_id AND worker.id IS DISTINCT FROM %(ours)s::bigint
    WHERE wanted.status = 'doing'
 )
 SELECT (SELECT count(*) FROM wanted
@@ -120,10 +118,10 @@ def stalled_s(app: "App") -> float:
     return float(app.worker_defaults.get("stalled_worker_timeout", STALLED_S))
 
 
-def backlog(app: "App", names: Sequence[str] = ()) -> Backlog:
-    """Read the tables afresh."""
+def backlog(app: "App", names: Sequence[str] = (), ours: int | None = None) -> Backlog:
+    """Read the tables afresh; what *ours*, a worker's number, holds counts as abandoned."""
     reader, queues = reader_for(app), queues_of(app, names)
-    row = reader.ask(READING, queues=queues, stalled_s=stalled_s(app))[0]
+    row = reader.ask(READING, queues=queues, stalled_s=stalled_s(app), ours=ours)[0]
     ready = row["due"] + row["abandoned"]
     due = [] if row["due_in_s"] is None else [time.time() + row["due_in_s"]]
     if app.periodic_registry.periodic_tasks:
@@ -136,8 +134,8 @@ def backlog(app: "App", names: Sequence[str] = ()) -> Backlog:
 def nudge_on_enqueue(app: "App", waker: Nudges | None = None) -> None:
     """From now on, nudge after each defer of a job that is ready at once.
 
-    Inside a transaction of Django's it nudges on its commit. Where the caller gave its own connection, the end of the
-    transaction on it is watched for, for COMMIT_WAIT_S at most. A job deferred for later nudges nobody.
+    Inside a transaction of Django's it nudges on its commit. Where the caller gave its own connection, it nudges
+    when the transaction on it has ended. A job deferred for later nudges nobody.
     """
     nudge = nudge_with(waker)
     manager: Any = app.job_manager
@@ -228,9 +226,7 @@ def _nudge_for(app: "App", jobs: Any, connection: Any, nudge: Callable[[], None]
         if all(job.scheduled_at is not None and job.scheduled_at.timestamp() > now for job in jobs):
             return
         if connection is not None:
-            import threading
-
-            threading.Thread(target=_nudge_after_transaction, args=(connection, nudge), daemon=True).start()
+            nudge_after_transaction(lambda: _is_in_transaction(connection), nudge)
         elif type(app.connector).__module__.startswith("procrastinate.contrib.django."):
             from django.db import transaction
             from procrastinate.contrib.django import settings
@@ -242,15 +238,7 @@ def _nudge_for(app: "App", jobs: Any, connection: Any, nudge: Callable[[], None]
         nudge()  # rather too early than never: the watch sees to the rest
 
 
-def _nudge_after_transaction(connection: Any, nudge: Callable[[], None]) -> None:
-    """The driver tells nobody of a commit, so this looks at the state of the connection, which asks no server."""
-    deadline = time.monotonic() + COMMIT_WAIT_S
-    try:
-        from psycopg.pq import TransactionStatus
+def _is_in_transaction(connection: Any) -> bool:
+    from psycopg.pq import TransactionStatus
 
-        busy = (TransactionStatus.ACTIVE, TransactionStatus.INTRANS)
-        while time.monotonic() < deadline and connection.info.transaction_status in busy:
-            time.sleep(COMMIT_POLL_S)
-    except Exception:  # noqa: S110 - another driver's connection, or one that is closed
-        pass
-    nudge()
+    return connection.info.transaction_status in (TransactionStatus.ACTIVE, TransactionStatus.INTRANS)

@@ -60,7 +60,7 @@ class Drain:
         pulse.slots = int(target.worker_defaults.get("concurrency", 1))
 
     def backlog(self) -> Backlog:
-        reading: Backlog = probe.backlog(self._app, self._names)
+        reading: Backlog = probe.backlog(self._app, self._names, self._worker_id)
         return reading
 
     def work(self, stop: threading.Event) -> int:
