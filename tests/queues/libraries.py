@@ -48,5 +48,6 @@ LIBRARIES = (
     Library("celery-rabbit", "celery_app", "celery", "rabbit", back_here=True, sees_delays=False),
     Library("pgqueuer", "pgqueuer_app", "pgqueuer", "postgres", back_here=True),
     Library("procrastinate", "procrastinate_app", "procrastinate", "postgres", back_here=True),
-    Library("dramatiq", "dramatiq_app", "dramatiq", "redis", back_here=True),
+    Library("dramatiq-redis", "dramatiq_app", "dramatiq", "redis", back_here=True),
+    Library("dramatiq-rabbit", "dramatiq_app", "dramatiq", "rabbit", pins=("pika>=1",), back_here=True),
 )

@@ -1,15 +1,19 @@
-"""Dramatiq (2.2.1 was read), on Redis: what its keys there tell.
+"""Dramatiq (2.2.1 was read), on Redis and on RabbitMQ.
 
-Dramatiq has no public interface for reading a queue. Its keys, as documented in its `dispatch.lua`:
+Dramatiq has no public interface for reading a queue. Its keys in Redis, as documented in its `dispatch.lua`:
 
 - `<namespace>:<queue>` is a list of message ids, `….msgs` a hash of those and of the ones that workers hold;
 - `<namespace>:<queue>.DQ`, and its `.msgs`, the same for delayed messages, retries among them;
 - `<namespace>:__acks__.<worker>.<queue>` is a set of the ids that a worker holds, until it says that they are done;
 - `<namespace>:__heartbeats__` has when each worker was heard of last.
+
+On RabbitMQ, delayed messages are in the queue `<queue>.DQ`. They are read by taking them and putting them back. What a
+worker holds cannot be seen there.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +24,8 @@ from .hook import Nudges, nudge_with
 if TYPE_CHECKING:
     from dramatiq import Broker, Worker
 
-__all__ = ["ROWS", "Keys", "backlog", "broker_of", "due_ids", "findings", "nudge_on_enqueue", "queues_of"]
+__all__ = ["ROWS", "Keys", "Rabbit", "backlog", "broker_of", "connected", "due_ids", "findings", "is_redis",
+           "nudge_on_enqueue", "queues_of"]  # fmt: skip
 
 ROWS = (
     Row(
@@ -31,10 +36,27 @@ ROWS = (
         "ready, running, delayed, retries, abandoned jobs",
         "a broker without Retries",
     ),
+    Row(
+        "Dramatiq (RabbitMQ)",
+        "worker up myapp.tasks:broker (or a Worker, for its threads and queues)",
+        "nudge_on_enqueue(broker)",
+        "everything; at once, when RabbitMQ notices that the connection is gone (a job that kills its worker is begun "
+        "again for ever)",
+        "ready, delayed, retries; not what is running",
+        "confirm_delivery=False, a broker without Retries",
+    ),
 )
+
+# On RabbitMQ: so many delayed messages of a queue are looked at, and not again for a while if their number is the same.
+PEEK_MOST = 5_000
+PEEK_AGAIN_S = 30.0
+PEEK_S = 0.5
+NOT_DECLARED = 404
 
 # When each delayed message is due, in ms: it never changes, and reading one costs a message to decode.
 _etas: "WeakKeyDictionary[Broker, dict[bytes, float]]" = WeakKeyDictionary()
+# On RabbitMQ: for each queue, how many delayed ones there were, what was found, and when.
+_peeked: "WeakKeyDictionary[Broker, dict[str, tuple[int, list[float], float]]]" = WeakKeyDictionary()
 
 
 def broker_of(target: Any) -> Any:
@@ -66,9 +88,20 @@ class Keys:
 
 
 def backlog(target: "Broker | Worker", names: Sequence[str] = ()) -> Backlog:
-    """Read the queues afresh. What a dead worker holds is ready when the heartbeat's time is up."""
+    """Read the queues afresh. On Redis, what a dead worker holds is ready when the heartbeat's time is up."""
     broker = broker_of(target)
     queues = queues_of(target, names)
+    return _redis(broker, queues) if is_redis(broker) else _rabbit(broker, queues)
+
+
+def is_redis(broker: Any) -> bool:
+    return hasattr(broker, "namespace")
+
+
+# -- Redis -------------------------------------------------------------------------------------------------------------
+
+
+def _redis(broker: Any, queues: Sequence[str]) -> Backlog:
     keys = Keys(broker)
     with broker.client.pipeline() as ask:
         ask.zrange(keys.heartbeats, 0, -1, withscores=True)
@@ -137,6 +170,104 @@ def due_ids(broker: Any, name: str) -> list[bytes]:
     return sorted((one for one in ids if etas.get(one, now_ms) <= now_ms), key=lambda one: etas.get(one, 0))
 
 
+# -- RabbitMQ ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def connected(broker: Any) -> "Iterator[Rabbit]":
+    """A connection of its own, for a few questions."""
+    import pika
+
+    connection = pika.BlockingConnection(parameters=broker.parameters)
+    try:
+        yield Rabbit(connection)
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+class Rabbit:
+    """What can be asked on one connection, and on a channel for each question that may cost it."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._channel: Any = None
+
+    def waiting(self, queue: str) -> int:
+        """How many messages wait in *queue*; 0 if nobody has declared it yet."""
+        import pika.exceptions
+
+        if self._channel is None:
+            self._channel = self._connection.channel()
+        try:
+            return int(self._channel.queue_declare(queue=queue, passive=True).method.message_count)
+        except pika.exceptions.ChannelClosedByBroker as error:
+            self._channel = None
+            if error.reply_code != NOT_DECLARED:
+                raise
+            return 0
+
+    def sift(self, queue: str, count: int, wanted: Callable[[Any], bool]) -> None:
+        """Take up to *count* messages that wait in *queue*; those that are *wanted* are gone then, the rest is back."""
+        channel = self._connection.channel()
+        count = min(count, PEEK_MOST)
+        channel.basic_qos(prefetch_count=count)
+        for method, _, body in channel.consume(queue, inactivity_timeout=PEEK_S):
+            if method is None:
+                break  # somebody else took some meanwhile
+            message = _decoded(body)
+            if message is not None and wanted(message):
+                channel.basic_ack(method.delivery_tag)
+            count -= 1
+            if not count:
+                break
+        channel.close()  # RabbitMQ has put back the rest when it answers
+
+
+def _decoded(body: bytes) -> Any:
+    from dramatiq import DecodeError, Message
+
+    try:
+        return Message.decode(body)
+    except DecodeError:
+        return None
+
+
+def _rabbit(broker: Any, queues: Sequence[str]) -> Backlog:
+    ready, due = 0, []
+    now_ms = time.time() * 1000
+    with connected(broker) as rabbit:
+        for name in queues:
+            ready += rabbit.waiting(name)
+            for eta in _peek(broker, rabbit, f"{name}.DQ"):
+                if eta <= now_ms:
+                    ready += 1
+                else:
+                    due.append(eta)
+    return Backlog(ready, 0, min(due) / 1000 if due else None)
+
+
+def _peek(broker: Any, rabbit: Rabbit, queue: str) -> list[float]:
+    """When the delayed messages in *queue* are due, in ms; those that a worker holds are not seen."""
+    count = rabbit.waiting(queue)
+    seen = _peeked.setdefault(broker, {})
+    before, etas, at = seen.get(queue, (0, [], 0.0))
+    known = count == before and time.monotonic() - at < PEEK_AGAIN_S and min(etas, default=0) > time.time() * 1000
+    if count and not known:
+        etas = []
+
+        def look(message: Any) -> bool:
+            etas.append(message.options.get("eta") or 0)
+            return False
+
+        rabbit.sift(queue, count, look)
+        seen[queue] = (count, etas, time.monotonic())
+    return etas if count else []
+
+
+# -- the app -----------------------------------------------------------------------------------------------------------
+
+
 def nudge_on_enqueue(target: "Broker | Worker", waker: Nudges | None = None) -> None:
     """From now on, nudge after each message to this broker. A delayed one nudges nobody: the watch wakes for it."""
     from dramatiq import Middleware
@@ -155,8 +286,12 @@ def findings(target: "Broker | Worker") -> list[Finding]:
     """Settings that lose jobs."""
     from dramatiq.middleware import Retries
 
-    broker = broker_of(target)
-    if any(isinstance(one, Retries) for one in broker.middleware):
-        return []
-    risk = "a job that fails is acknowledged and gone, and so is every retry"
-    return [Finding("middleware", "without Retries", risk, "add dramatiq.middleware.Retries (max_retries=0 for none)")]
+    broker, found = broker_of(target), []
+    if not any(isinstance(one, Retries) for one in broker.middleware):
+        risk = "a job that fails is acknowledged and gone, and so is every retry"
+        remedy = "add dramatiq.middleware.Retries (max_retries=0 for none)"
+        found.append(Finding("middleware", "without Retries", risk, remedy))
+    if not is_redis(broker) and not broker.confirm_delivery:
+        risk = "loses the job: send() returns, and wakes, before RabbitMQ has it"
+        found.append(Finding("confirm_delivery", "False", risk, "RabbitmqBroker(..., confirm_delivery=True)"))
+    return found

@@ -1,13 +1,14 @@
-"""Dramatiq (2.2.1 was read), on Redis: its own Worker, with its threads, in this process.
+"""Dramatiq (2.2.1 was read), on Redis and on RabbitMQ: its own Worker, with its threads, in this process.
 
 A broker is drained by `dramatiq.Worker` with its defaults, a Worker object by one with its settings (threads, queues).
-Dramatiq has no mode that ends, so we stop the worker when in one reading nothing waits and nothing is held here: a
-message is taken from its queue, and who holds it noted, in one step. What else differs from the `dramatiq` command:
+Dramatiq has no mode that ends, so we stop the worker when nothing waits and nothing is held here. What else differs
+from the `dramatiq` command:
 
 - delayed messages that are due are moved to their queue, and the others are left where they are (it would hold them in
-  memory, and a kill would keep them back until the heartbeat's time is up);
-- what dead workers hold is put back before a pass (it does so once in a thousand commands), and what an earlier run of
-  this machine held, at once; a message that was lost so LOST_MOST times goes to the dead letters (not round for ever);
+  memory until they are due);
+- on Redis, what dead workers hold is put back before a pass (it does so once in a thousand commands), and what an
+  earlier run of this machine held, at once; a message that was lost so LOST_MOST times goes to the dead letters, not
+  round for ever;
 - a worker whose broker went away is given up when the broker is back, and what it had in hand goes back to the queue
   (a message whose delivery was cut off would never come back while the process lives);
 - there is one process, and no forks of middleware.
@@ -27,8 +28,10 @@ probe = late("waker.queues.dramatiq")
 
 POLL_S = 0.05
 PROMOTE_S = 1.0
+# On RabbitMQ a message may be in the socket, no longer in the queue and not yet here, at one look.
+IDLE_LOOKS = 2
 # How long a thread of the worker sleeps when there is nothing to do: the end of a pass waits for it.
-IDLE_MS = 100
+IDLE_MS = 50
 # A message that was held by so many workers when they died may be what kills them.
 LOST_MOST = 5
 LOST_OPTION = "wake_on_request_lost"
@@ -44,38 +47,37 @@ class Drain:
     """Runs the messages of a broker's queues."""
 
     def __init__(self, target: Any, pulse: Pulse, options: Options) -> None:
-        import redis
+        from dramatiq.errors import BrokerConnectionError
 
-        self.broker_errors: tuple[type[BaseException], ...] = (redis.ConnectionError, redis.TimeoutError)
         self._target = target
         self._names = options.queues
         self._pulse = pulse
         self._broker = probe.broker_of(target)
-        self._keys = probe.Keys(self._broker)
-        # Workers of this machine have ids that begin so, those of its earlier runs too.
-        self._ours = f"{options.machine}." if options.machine else ""
+        self._side = (_Redis if probe.is_redis(self._broker) else _Rabbit)(self._broker, self._queues, options.machine)
+        self.broker_errors: tuple[type[BaseException], ...] = (BrokerConnectionError, *self._side.errors)
         self._worker: Any = None
-        self._booted = False
+        self._booted = self._recovered = False
 
     def backlog(self) -> Backlog:
+        if not self._recovered:
+            self._side.recover()
+            self._recovered = True
         reading: Backlog = probe.backlog(self._target, self._names)
         return reading
 
     def work(self, stop: threading.Event) -> int:
         self._boot()
         if self._worker is not None:
-            self._broker.client.ping()
+            self._side.greet()
             self._finish()
-        self._recover()
-        # A new id for each pass: what is held under the last one is held by nobody.
-        self._broker.broker_id = f"{self._ours}{uuid.uuid4()}"
-        self._promote()
+        self._side.prepare()
+        self._side.promote()
         self._worker = self._make()
         self._worker.start()
         promoted_at = time.monotonic()
-        while not stop.wait(POLL_S) and not self._is_idle():
+        while not stop.wait(POLL_S) and not self._side.is_idle(self._worker):
             if time.monotonic() - promoted_at > PROMOTE_S:
-                self._promote()
+                self._side.promote()
                 promoted_at = time.monotonic()
         self._finish()
         return 0
@@ -84,30 +86,33 @@ class Drain:
         if self._worker is not None:
             for consumer in list(self._worker.consumers.values()):
                 consumer.stop()
-            self._take_back(self._broker.broker_id, lost=False)
+            self._side.put_back()
 
     def _boot(self) -> None:
         """What the `dramatiq` command does once in a process; some middleware starts its threads then."""
         if self._booted:
             return
         self._booted = True
-        meter = _meter(self._pulse)
         middleware = self._broker.middleware
         # In front, so that it sees what others skip.
-        self._broker.add_middleware(meter, before=type(middleware[0]) if middleware else None)
+        self._broker.add_middleware(_meter(self._pulse), before=type(middleware[0]) if middleware else None)
         self._broker.emit_after("process_boot")
 
     def _make(self) -> Any:
         import dramatiq
 
         given = self._target if self._target is not self._broker else None
-        kind, settings = dramatiq.Worker, {}
-        if given is not None:
-            kind, settings = type(given), {"worker_threads": given.worker_threads}
-        worker = kind(self._broker, queues=set(self._queues()), worker_timeout=IDLE_MS, **settings)
+        base: Any = dramatiq.Worker if given is None else type(given)
+
+        class Drained(base):  # type: ignore[misc]  # whichever class the user's worker has
+            def _add_consumer(self, queue_name: str, *, delay: bool = False) -> None:
+                if not delay:
+                    super()._add_consumer(queue_name)
+
+        settings = {} if given is None else {"worker_threads": given.worker_threads}
+        worker = Drained(self._broker, queues=set(self._queues()), worker_timeout=IDLE_MS, **settings)
         if given is not None:
             worker.queue_prefetch = given.queue_prefetch
-        worker.delay_prefetch = 0
         self._pulse.slots = worker.worker_threads
         return worker
 
@@ -115,8 +120,48 @@ class Drain:
         names: list[str] = probe.queues_of(self._target, self._names)
         return names
 
-    def _is_idle(self) -> bool:
-        """Whether nothing waits and nothing is held here. Says that we live, too: a worker with full hands does not."""
+    def _finish(self) -> None:
+        """Wait for what is running, and put back what is held."""
+        self._worker.stop()
+        self._side.put_back()
+        # `start` adds one for each worker.
+        self._broker.middleware[:] = [one for one in self._broker.middleware
+                                      if getattr(one, "worker", None) is not self._worker]  # fmt: skip
+        self._worker = None
+        self._side.rest()
+
+
+class _Redis:
+    def __init__(self, broker: Any, queues: Any, machine: str) -> None:
+        import redis
+
+        self.errors: tuple[type[BaseException], ...] = (redis.ConnectionError, redis.TimeoutError)
+        self._broker = broker
+        self._keys = probe.Keys(broker)
+        self._queues = queues
+        # Workers of this machine have ids that begin so, those of its earlier runs too.
+        self._ours = f"{machine}." if machine else ""
+
+    def greet(self) -> None:
+        """Raises one of `errors` while the broker is down."""
+        self._broker.client.ping()
+
+    def prepare(self) -> None:
+        self.recover()
+        # A new id for each pass: what is held under the last one is held by nobody.
+        self._broker.broker_id = f"{self._ours}{uuid.uuid4()}"
+
+    def recover(self) -> None:
+        """Put back what nobody holds any more: its worker is silent, or was an earlier run of this machine."""
+        dead_ms = time.time() * 1000 - self._broker.heartbeat_timeout
+        for worker, beat in self._broker.client.zrange(self._keys.heartbeats, 0, -1, withscores=True):
+            name = worker.decode()
+            if beat <= dead_ms or (self._ours and name.startswith(self._ours)):
+                self._take_back(name, lost=True)
+
+    def is_idle(self, _worker: Any) -> bool:
+        """Whether nothing waits and nothing is held here: a message is taken, and its holder noted, in one step.
+        Says that we live, too: a worker with full hands does not."""
         with self._broker.client.pipeline() as ask:
             ask.zadd(self._keys.heartbeats, {self._broker.broker_id: int(time.time() * 1000)})
             for name in self._queues():
@@ -125,17 +170,7 @@ class Drain:
             _, *counts = ask.execute()
         return not any(counts)
 
-    def _finish(self) -> None:
-        """Wait for what is running, and put back what is held."""
-        self._worker.stop()
-        self._take_back(self._broker.broker_id, lost=False)
-        # `start` adds one for each worker.
-        self._broker.middleware[:] = [one for one in self._broker.middleware
-                                      if getattr(one, "worker", None) is not self._worker]  # fmt: skip
-        self._worker = None
-        self._broker.client.zrem(self._keys.heartbeats, self._broker.broker_id)
-
-    def _promote(self) -> None:
+    def promote(self) -> None:
         """Move the delayed messages that are due to their queues, as a Worker does with those that it holds."""
         from dramatiq import Message
 
@@ -146,27 +181,25 @@ class Drain:
             for one in probe.due_ids(broker, name):
                 data = broker.client.eval(CLAIM, len(names), *names, one)
                 if data is not None:
-                    message = Message.decode(data).copy(queue_name=name)
-                    message.options.pop("eta", None)
-                    broker.enqueue(message)
+                    broker.enqueue(_now(Message.decode(data), name))
                     broker.do_ack(later, one)
 
-    def _recover(self) -> None:
-        """Put back what nobody holds any more: its worker is silent, or was an earlier run of this machine."""
-        dead_ms = time.time() * 1000 - self._broker.heartbeat_timeout
-        for worker, beat in self._broker.client.zrange(self._keys.heartbeats, 0, -1, withscores=True):
-            name = worker.decode()
-            if beat <= dead_ms or (self._ours and name.startswith(self._ours)):
-                self._take_back(name, lost=True)
+    def put_back(self) -> None:
+        """Put back what this pass holds."""
+        self._take_back(self._broker.broker_id, lost=False)
+
+    def rest(self) -> None:
+        """This pass is over."""
+        self._broker.client.zrem(self._keys.heartbeats, self._broker.broker_id)
 
     def _take_back(self, worker: str, *, lost: bool) -> None:
         """Put back what *worker* holds; if it is *lost*, that counts."""
         for name in self._queues():
             for queue in (name, f"{name}.DQ"):
                 held = self._keys.held(worker, queue)
-                self._broker.client.transaction(self._put_back(held, queue, lost=lost), held)
+                self._broker.client.transaction(self._putting_back(held, queue, lost=lost), held)
 
-    def _put_back(self, held: str, queue: str, *, lost: bool) -> Any:
+    def _putting_back(self, held: str, queue: str, *, lost: bool) -> Any:
         from dramatiq import Message
 
         keys, canonical = self._keys, queue.removesuffix(".DQ")
@@ -178,20 +211,83 @@ class Drain:
             for one, data in zip(ids, messages, strict=True):
                 if data is None:
                     continue
-                message = Message.decode(data)
-                times = message.options.get(LOST_OPTION, 0) + 1
-                if lost and queue == canonical and times > LOST_MOST:
-                    dead = keys.queue(f"{canonical}.XQ")
-                    transaction.zadd(dead, {one: int(time.time() * 1000)})
-                    transaction.hset(f"{dead}.msgs", one, data)
-                    transaction.hdel(keys.messages(queue), one)
-                    continue
                 if lost and queue == canonical:
+                    message = Message.decode(data)
+                    times = message.options.get(LOST_OPTION, 0) + 1
+                    if times > LOST_MOST:
+                        dead = keys.queue(f"{canonical}.XQ")
+                        transaction.zadd(dead, {one: int(time.time() * 1000)})
+                        transaction.hset(f"{dead}.msgs", one, data)
+                        transaction.hdel(keys.messages(queue), one)
+                        continue
                     transaction.hset(keys.messages(queue), one, message.copy(options={LOST_OPTION: times}).encode())
                 transaction.rpush(keys.queue(queue), one)
             transaction.delete(held)
 
         return put_back
+
+
+class _Rabbit:
+    """RabbitMQ puts back by itself what we hold, when it has answered the end of a channel, or finds it broken."""
+
+    def __init__(self, broker: Any, queues: Any, _machine: str) -> None:
+        import pika.exceptions
+
+        self.errors: tuple[type[BaseException], ...] = (pika.exceptions.AMQPError,)
+        self._broker = broker
+        self._queues = queues
+        self._idle = 0
+
+    def greet(self) -> None:
+        with probe.connected(self._broker):
+            pass
+
+    def recover(self) -> None:
+        pass
+
+    def prepare(self) -> None:
+        self._idle = 0
+        # That of this thread; it may have died while nobody used it, and nobody has looked after it.
+        del self._broker.connection
+
+    def is_idle(self, worker: Any) -> bool:
+        """Whether nothing waits and nothing is held here, at IDLE_LOOKS looks in a row."""
+        held = any(thread.consumer is None or thread.consumer.known_tags for thread in list(worker.consumers.values()))
+        if held or worker.work_queue.unfinished_tasks or any(self._waiting(name) for name in self._queues()):
+            self._idle = 0
+        else:
+            self._idle += 1
+        return self._idle >= IDLE_LOOKS
+
+    def _waiting(self, name: str) -> int:
+        return int(self._broker.channel.queue_declare(queue=name, passive=True).method.message_count)
+
+    def promote(self) -> None:
+        with probe.connected(self._broker) as rabbit:
+            for name in self._queues():
+                now_ms = time.time() * 1000
+
+                def move(message: Any, name: str = name, now_ms: float = now_ms) -> bool:
+                    if (message.options.get("eta") or 0) > now_ms:
+                        return False
+                    self._broker.enqueue(_now(message, name))
+                    return True
+
+                if count := rabbit.waiting(f"{name}.DQ"):
+                    rabbit.sift(f"{name}.DQ", count, move)
+
+    def put_back(self) -> None:
+        pass
+
+    def rest(self) -> None:
+        del self._broker.connection
+
+
+def _now(message: Any, queue: str) -> Any:
+    """A delayed message, as one for *queue*."""
+    moved = message.copy(queue_name=queue)
+    moved.options.pop("eta", None)
+    return moved
 
 
 def _meter(pulse: Pulse) -> Any:

@@ -1,12 +1,19 @@
-"""Dramatiq on Redis, with a heartbeat of three seconds, so that a dead worker is noticed while the test waits."""
+"""Dramatiq on RabbitMQ, or on Redis with a heartbeat so short that a dead worker is noticed while the test waits."""
 
 import os
 
 import dramatiq
 import jobs
-from dramatiq.brokers.redis import RedisBroker
 
-broker = hooked = RedisBroker(url=os.environ["CONTRACT_URL"], heartbeat_timeout=3000)
+url = os.environ["CONTRACT_URL"]
+if url.startswith("amqp"):
+    from dramatiq.brokers.rabbitmq import RabbitmqBroker
+
+    broker = hooked = RabbitmqBroker(url=url, confirm_delivery=True)
+else:
+    from dramatiq.brokers.redis import RedisBroker
+
+    broker = hooked = RedisBroker(url=url, heartbeat_timeout=3000)
 dramatiq.set_broker(broker)
 target = dramatiq.Worker(broker, worker_threads=int(os.environ.get("CONTRACT_SLOTS", "4")))
 wait_ms = jobs.RETRY_S * 1000

@@ -27,4 +27,4 @@ while done < many:
         if time.monotonic() > deadline:
             sys.exit(f"{who}-{done - 1} did not run within {PATIENCE_S} s")
         time.sleep(0.005)
-    time.sleep(chance.choice([0, 0.05, 0.5]) * chance.random())
+    time.sleep(chance.choice([0, 0.05, 0.5, 2]) * chance.random())
