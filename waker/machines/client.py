@@ -49,6 +49,8 @@ MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_CREATES = 3
 # When to look for a machine whose create was not answered: it may appear a little later.
 LOOKS_S = (0.0, 1.0, 3.0)
+# Many may look at once, and lists are one a second.
+LOOK_TIMEOUT_S = 120.0
 
 log = logging.getLogger("waker.machines")
 T = TypeVar("T")
@@ -237,7 +239,7 @@ class AsyncMachines:
         for pause_s in LOOKS_S:
             await asyncio.sleep(pause_s)
             try:
-                found = [machine for machine in await self.list() if machine.name == name]
+                found = [each for each in await self.list(timeout_s=LOOK_TIMEOUT_S) if each.name == name]
             except MachinesError as error:
                 raise OutcomeUnknown(
                     f"machine {name} of app {self.app} may have been made, and cannot be looked for: {error}"

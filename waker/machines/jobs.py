@@ -55,6 +55,8 @@ BOOT_S = 300.0
 EXIT_EVENT_S = 10.0
 # How long the platform may be silent about a machine that we know of, before the job is called unknown.
 PATIENCE_S = 300.0
+# Somebody's lease, or the window after an exit, may stand in the way for a while.
+DELETE_S = 120.0
 # After a cancellation: for the create's answer, and for the deletion.
 ABANDON_S = 15.0
 UNTIL_MARGIN_S = 60.0
@@ -77,8 +79,8 @@ class JobOptions(TypedDict, total=False):
     *app*: whose machine it becomes, and whose secrets it sees (FLY_APP_NAME). *image*: the one that the app itself
     runs, unless given. *guest*: a name like shared-cpu-2x, or the API's words. *files*: path in the machine → content.
     *mounts*: path → volume id. *timeout_s*: for its run, from start to end; then it is stopped. *keep*: do not delete
-    it on success. *local*: run it here (WAKER_LOCAL). *on_progress* is called with each change. *machines*: the client to
-    use.
+    it on success. *local*: run it here (WAKER_LOCAL). *on_progress* is called with each change. *machines*: the client
+    to use.
     """
 
     app: str | None
@@ -455,7 +457,7 @@ class _Run:
         kept = machine.state != "destroyed"
         if success and kept and not self._keep:
             try:
-                await api.delete(machine.id, force=True)
+                await api.delete(machine.id, force=True, timeout_s=DELETE_S)
                 kept = False
             except MachinesError as error:
                 log.warning("job.machine_left name=%s machine=%s error=%s", self.name, machine.id, error)

@@ -1,4 +1,4 @@
-"""waker jobs: look at the embedded queue's jobs; retry or purge dead ones."""
+"""waker jobs: look at the embedded queue's jobs, retry or purge dead ones; reap what one-off jobs left behind."""
 
 import argparse
 import json
@@ -22,6 +22,7 @@ QUEUE is the queue's file, or the queue itself, like myapp.tasks:queue. The file
   waker jobs retry jobs.db 17953 17954       ready again, with all attempts; then: waker wake
   waker jobs retry jobs.db --all
   waker jobs purge jobs.db --all             delete the dead
+  waker jobs reap --app my-app               delete the machines of one-off jobs (waker run) whose callers are gone
 """
 
 # What fits beside the other columns; --json prints all.
@@ -50,10 +51,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         if name == "list":
             states = ("ready", "delayed", "running", "dead")
             action.add_argument("--state", choices=states, help="only these")
+    text = "delete the machines that one-off jobs left behind"
+    action = actions.add_parser("reap", help=text, description=text[0].upper() + text[1:] + ".")
+    action.add_argument("--app", help="whose machines (default: FLY_APP_NAME)")
+    action.add_argument("--grace", default="5m", metavar="DURATION", help="after a success or a deadline (default: 5m)")
+    action.add_argument("--keep-failed", default="1d", metavar="DURATION", help="after a failure (default: 1d)")
+    action.add_argument("--dry-run", action="store_true", help="only show what would be deleted")
+    action.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Do one thing to one queue. For ids that are not dead jobs, 1: nothing was done to those."""
+    if args.action == "reap":
+        return _reap(args)
     queue = _open(args.queue)
     if args.action in ("list", "dead"):
         jobs = queue.jobs("dead" if args.action == "dead" else args.state, limit=max(0, args.limit))
@@ -81,6 +91,31 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         print(f"{missing} of the ids are not dead jobs", file=sys.stderr)
         return 1
     return 0
+
+
+def _reap(args: argparse.Namespace) -> int:
+    """Delete what is left of one-off jobs. 1 if something could not be deleted."""
+    import dataclasses
+
+    from ..machines import Machines, shapes
+    from ..machines.reap import reap
+
+    done = reap(
+        Machines(args.app),
+        grace_s=shapes.seconds(args.grace, "--grace"),
+        keep_failed_s=shapes.seconds(args.keep_failed, "--keep-failed"),
+        dry_run=args.dry_run,
+    )
+    if args.json:
+        print(json.dumps({"jobs": [dataclasses.asdict(each) for each in done]}))
+    else:
+        for each in done:
+            what = "kept" if each.action == "leave" else "would be deleted" if args.dry_run else "deleted"
+            what = f"not deleted: {each.error}" if each.error else what
+            print(f"{each.machine:<16} {each.job:<18} {what}: {each.why} (made by {each.owner or 'nobody known'})")
+        deleted = sum(each.action == "delete" and not each.error for each in done)
+        print(f"{len(done)} job machines, {deleted} {'to delete' if args.dry_run else 'deleted'}")
+    return 1 if any(each.error for each in done) else 0
 
 
 def _open(name: str) -> "SqliteQueue":
