@@ -187,7 +187,7 @@ def run(*arguments):
     ("arguments", "said"),
     [
         ([], "give a command, or processes"),
-        (["--machines", "0", "--restart", "never", "--", "true"], r"machines=0.*restart='never'"),
+        (["--machines", "-1", "--restart", "never", "--", "true"], r"machines=-1.*restart='never'"),
         (["--knob", "colour=red", "--knob", "boot_s=soon", "--", "true"], r"colour.*boot_s='soon'"),
         (["--fault", "drop_connect=often", "--", "true"], "drop_connect='often': expected a probability like"),
         (["--env", "nothing", "--", "true"], "expected NAME=VALUE"),

@@ -3,9 +3,9 @@
 Run as a script of its own, with the standard library alone:  init.py CONTROL_FD ON_FAILURE N1 ARG… [N2 ARG…]
 
 It speaks lines on the control socket. Out: `spawned INDEX PID`, `exited INDEX CODE`, `ended CODE SIGNAL`.
-In: `signal NUMBER` (to the main processes alone, as the platform does) and `kill`. When the machine ends, or the emulator
-does (the control socket closes), everything that was ever started here is killed, daemons and all: this process is the
-subreaper of its descendants, so nothing escapes by forking twice or by leaving the session.
+In: `signal NUMBER` (to the main processes alone, as the platform does) and `kill`. When the machine ends, or the
+emulator does (the control socket closes), everything that was ever started here is killed, daemons and all: this
+process is the subreaper of its descendants, so nothing escapes by forking twice or by leaving the session.
 """
 
 import ctypes

@@ -111,6 +111,7 @@ class Platform:
             processes=processes,
             machines=machines,
             api=api,
+            images=images,
             regions=regions,
             soft_limit=soft_limit,
             hard_limit=hard_limit,
@@ -469,6 +470,7 @@ def _check(
     processes: Any,
     machines: int,
     api: bool,
+    images: Any,
     regions: tuple[str, ...],
     soft_limit: int,
     hard_limit: int | None,
@@ -480,11 +482,14 @@ def _check(
 ) -> None:
     """Every error at once."""
     errors = []
-    if (command is not None and processes is not None) or (command is None and processes is None and not api):
+    if command is not None and processes is not None:
         errors.append("give a command, or processes, and not both")
+    elif command is None and processes is None:
+        if not (api and images):
+            errors.append("give a command, or processes, or the API and images")
     elif isinstance(command, str) or any(isinstance(each, str) for each in processes or ()):
         errors.append("a command is a list of words, like ['worker', 'up', 'app.tasks:queue']")
-    elif not callable(command) and not all(processes or (command is None or command,)):
+    elif not callable(command) and not all(processes or (command,)):
         errors.append("a command needs at least one word")
     if machines < (not api):
         errors.append(f"machines={machines}: expected at least {0 if api else 1}")
