@@ -581,7 +581,8 @@ class Api:
         for stage in reversed(machine.stages):
             if stage.number < since:
                 break
-            settled = stage.state in SETTLED and not (stage.state is State.CREATED and machine.due)
+            passing = stage.state is State.CREATED and (machine.due or machine.state is not State.CREATED)
+            settled = stage.state in SETTLED and not passing
             if version in (None, stage.version) and (stage.state in wanted or (settled and "settled" in wanted)):
                 return stage
         return None
