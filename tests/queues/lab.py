@@ -222,6 +222,18 @@ class Postgres(Server):
         return [f"{self.bin}/postgres", "-D", self.data, "-p", str(self.port), "-h", "127.0.0.1", "-k", "",
                 "-c", "fsync=off", "-c", "max_connections=60"]  # fmt: skip
 
+    def kill(self) -> None:
+        """Its children have sessions of their own, and a new server refuses to start beside one of them."""
+        if self.process is not None:
+            pid = self.process.pid
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+                children = [int(child) for child in file.read().split()]
+                super().kill()
+                for child in children:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+                until(lambda: not any(session_pids(child) for child in children), "every child has ended")
+
     def is_up(self) -> bool:
         done = subprocess.run([f"{self.bin}/pg_isready", "-h", "127.0.0.1", "-p", str(self.port)], check=False,
                               capture_output=True)  # fmt: skip

@@ -22,6 +22,8 @@ class Library(NamedTuple):
 
 
 LIBRARIES = (
+    Library("django-postgres", "django_app", "django_tasks", "postgres", back_here=True, retries=False),
+    Library("django-sqlite", "django_app", "django_tasks", "files", back_here=True, retries=False),
     Library("rq", "rq_app", "rq", "redis", back_here=True),
     Library("rq-simple", "rq_simple_app", "rq", "redis", back_s=None, back_here=True, short=False),
     Library("celery-redis", "celery_app", "celery", "redis", back_s=60, back_here=True),

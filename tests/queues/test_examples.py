@@ -27,8 +27,26 @@ class Example(NamedTuple):
 
 
 EXAMPLES = (
-    Example("dramatiq", "dramatiq", "redis", "tasks:broker", {"REDIS_URL": "{url}"},
-            order='import tasks; tasks.greet.send("you")'),  # fmt: skip
+    Example("huey", "huey", "redis", "tasks:huey", {"REDIS_URL": "{url}"},
+            order='import tasks; tasks.greet("you")'),  # fmt: skip
+    Example(
+        "django",
+        "django_tasks",
+        "files",
+        "mysite.asgi:application",
+        {"DATABASE_FILE": "{folder}/db.sqlite3", "DJANGO_SETTINGS_MODULE": "mysite.settings"},
+        before=("-m", "django", "migrate", "--verbosity=0"),
+        web=("-m", "django", "runserver", "--noreload", "127.0.0.1:{port}"),
+        path="/greetings/you",
+    ),
+    Example(
+        "dramatiq",
+        "dramatiq",
+        "redis",
+        "tasks:broker",
+        {"REDIS_URL": "{url}"},
+        order='import tasks; tasks.greet.send("you")',
+    ),  # fmt: skip
     Example(
         "pgqueuer",
         "pgqueuer",

@@ -37,6 +37,17 @@ class Library(NamedTuple):
 # The name of a library is that of its module here, and of its drain.
 LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
+    "django_tasks": Library(
+        (
+            "django.core.handlers.asgi.ASGIHandler",
+            "django.core.handlers.wsgi.WSGIHandler",
+            "django_tasks_db.backend.DatabaseBackend",
+            "django.utils.connection.ConnectionProxy",
+        ),
+        "django_tasks",
+        ("django", "django_tasks", "django_tasks_db"),
+        named=True,
+    ),
     "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
     "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
     "pgqueuer": Library(

@@ -177,7 +177,7 @@ def _connect_for(app: "App") -> Callable[[], Any] | None:
     pool = getattr(connector, "_async_pool", None) or getattr(connector, "_pool", None)
     # A pool of the user's own knows better than what the connector was made with.
     if pool is not None and hasattr(pool, "conninfo"):
-        conninfo, options = pool.conninfo, pool.kwargs
+        conninfo, options = pool.conninfo, pool.kwargs or {}
     elif isinstance(given := getattr(connector, "_pool_args", None), dict):
         conninfo, options = given.get("conninfo", ""), given.get("kwargs") or {}
     else:
