@@ -29,7 +29,7 @@ class Wire(httpx.AsyncBaseTransport):
             raise httpx.ConnectError(str(error), request=request) from error
         except ConnectionError as error:
             raise httpx.RemoteProtocolError(str(error) or "reset", request=request) from error
-        return httpx.Response(reply.status, headers=[*reply.headers], content=reply.body)
+        return httpx.Response(reply.status, headers=[*reply.headers], stream=httpx.ByteStream(reply.body))
 
 
 def on_platform(story, program=None, *, knobs=None, seed=0, **options):

@@ -4,6 +4,7 @@ Both are thin: policy.py says how many wakes to send next, transport.py sends th
 nobody waits for. httpx and asyncio are imported when the first wake is sent.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -13,11 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from . import protocol
 from .config import MAX_TIMEOUT_S, WakerConfig
-from .errors import NotWoken, Unauthorized, UsageError
+from .errors import NotWoken, Unauthorized, UsageError, WakeError
 from .nudge import FLUSH_AT_EXIT_S, NUDGE_INTERVAL_S, Nudger
 from .policy import Answer, Done, Pressure, Send, Spread
 from .target import Target
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import ssl
 
     import httpx
+
+    from .machines.starts import Starter, Strategy
 
     Sender = Callable[[httpx.Request], Awaitable[httpx.Response]]
 
@@ -39,6 +42,9 @@ CONNECT_S = 5.0
 # What a stranger answers is quoted in the error, this much of it, if it comes this soon.
 QUOTE_CHARS = 120
 QUOTE_S = 1.0
+
+# How much of a call's time the proxy has where there is a fallback.
+FALLBACK_SHARE = 0.5
 
 MAX_MACHINES = 10_000
 # File descriptors left alone for the rest of the process.
@@ -68,6 +74,7 @@ class WakeReport:
 
     *machines*: each machine that gave a receipt, in the order they came, busy ones included. *distinct*: how many of
     them count; a machine that was up and busy before the call does not. *seen*: how often each kind of answer came.
+    *unconfirmed*: machines that the Machines API started, and that gave no receipt.
     """
 
     target: str
@@ -78,6 +85,7 @@ class WakeReport:
     requests: int
     elapsed_s: float
     seen: Mapping[str, int]
+    unconfirmed: tuple[str, ...] = ()
 
     @property
     def missing(self) -> int:
@@ -110,6 +118,7 @@ class WakeReport:
                 for m in self.machines
             ],
             "seen": dict(self.seen),
+            "unconfirmed": list(self.unconfirmed),
         }
 
 
@@ -126,19 +135,25 @@ class _Waker:
         nudge_interval_s: float = NUDGE_INTERVAL_S,
         flush_at_exit_s: float = FLUSH_AT_EXIT_S,
         transport: "httpx.AsyncBaseTransport | None" = None,
+        fallback: "_Waker | None" = None,
     ) -> None:
         """*target*, *token* and *timeout_s* default to WAKER_TARGET, WAKER_TOKEN and WAKER_TIMEOUT_S.
 
         *timeout_s* bounds a whole call of wake(). *hold_s* is the hold a fan-out asks for. *nudge_interval_s* is the
         least time between two wakes that nudges bring about; *flush_at_exit_s* bounds how long the end of the process
-        waits for what is owed. *transport* sends the requests instead of our own.
+        waits for what is owed. *transport* sends the requests instead of our own. *fallback*, a waker made by via_api,
+        starts the machines that the proxy did not bring in half the time.
         Raises UsageError for a target that can never wake anything; nothing is looked up or sent.
         """
         self._config = WakerConfig.from_environ(target=target, token=token, timeout_s=timeout_s)
         if not 0 <= hold_s <= protocol.MAX_HOLD_S:
             raise UsageError(f"hold_s={hold_s!r}: expected seconds from 0 to {protocol.MAX_HOLD_S:.0f}, like {HOLD_S}")
         self._hold_s = hold_s
+        if fallback is not None and fallback._starter is None:
+            raise UsageError("fallback: expected a waker that uses the Machines API, like Waker.via_api('my-worker')")
         self._transport = transport
+        self._fallback = fallback
+        self._starter: Starter | None = None
         self._tls: ssl.SSLContext | None = None
         # A drainer's next reading sees the job: it need not be woken for it.
         drained_here = self._config.target.serves(self._config.drains)
@@ -148,6 +163,47 @@ class _Waker:
             interval_s=nudge_interval_s,
             flush_at_exit_s=flush_at_exit_s,
         )
+
+    @classmethod
+    def via_api(
+        cls,
+        app: str | None = None,
+        *,
+        strategy: "Strategy" = "next",
+        group: str | None = None,
+        region: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        token: str | None = None,
+        timeout_s: float | None = None,
+        api_token: str | None = None,
+        base_url: str | None = None,
+        nudge_interval_s: float = NUDGE_INTERVAL_S,
+        flush_at_exit_s: float = FLUSH_AT_EXIT_S,
+        transport: "httpx.AsyncBaseTransport | None" = None,
+    ) -> Self:
+        """A waker that starts machines through the Machines API: for where no Flycast address is at hand.
+
+        *strategy*: "next" in turn, the "oldest" start first, "all" of them, or a list of ids; of these only those of a
+        process *group*, a *region* or with *metadata*. *app*, *api_token* and *base_url* default to FLY_APP_NAME,
+        FLY_API_TOKEN or FLY_ACCESS_TOKEN, and FLY_FLAPS_BASE_URL. Whoever wakes must be in the machines' private
+        network: each counts only with a receipt from its own address, and is else reported as unconfirmed.
+        """
+        from .machines.config import ApiConfig
+        from .machines.starts import Starter
+
+        config = ApiConfig.from_environ(app=app, token=api_token, base_url=base_url)
+        waker = cls(
+            f"http://{config.app}.flycast",
+            token=token,
+            timeout_s=timeout_s,
+            nudge_interval_s=nudge_interval_s,
+            flush_at_exit_s=flush_at_exit_s,
+            transport=transport,
+        )
+        waker._starter = Starter(
+            config, strategy=strategy, group=group, region=region, metadata=metadata, transport=transport
+        )
+        return waker
 
     @property
     def target(self) -> Target:
@@ -174,6 +230,8 @@ class _Waker:
         self._nudger.close(timeout_s)
 
     def __repr__(self) -> str:
+        if self._starter is not None:
+            return f"{type(self).__name__}.via_api({self._starter.app!r})"
         return f"{type(self).__name__}({self._config.target.url!r})"
 
     def _wake_for_nudge(self, machines: int, timeout_s: float) -> None:
@@ -187,6 +245,62 @@ class _Waker:
             raise UsageError(
                 f"timeout_s={timeout_s!r}: expected seconds above 0 and up to {MAX_TIMEOUT_S:.0f}, like 2.5"
             )
+        if self._starter is not None:
+            return await self._start(machines, timeout_s, busy_counts=busy_counts)
+        if self._fallback is not None:
+            return await self._wake_or_start(self._fallback, machines, timeout_s, busy_counts=busy_counts)
+        return await self._wake_by_proxy(machines, timeout_s, busy_counts=busy_counts)
+
+    async def _start(
+        self, machines: int, timeout_s: float, *, busy_counts: bool, known: frozenset[str] = frozenset()
+    ) -> WakeReport:
+        assert self._starter is not None  # noqa: S101 - made by via_api
+        return await self._starter.wake(
+            machines, timeout_s, token=self._config.token, busy_counts=busy_counts, known=known
+        )
+
+    async def _wake_or_start(
+        self, fallback: "_Waker", machines: int, timeout_s: float, *, busy_counts: bool
+    ) -> WakeReport:
+        """Wake through the proxy, then start what is missing."""
+        began = time.monotonic()
+        report: WakeReport | None = None
+        first: NotWoken | None = None
+        try:
+            report = await self._wake_by_proxy(machines, timeout_s * FALLBACK_SHARE, busy_counts=busy_counts)
+        except Unauthorized:
+            raise
+        except NotWoken as error:
+            first = error
+        if report is not None and report.ok:
+            return report
+        missing = machines if report is None else report.missing
+        known = frozenset(machine.id for machine in report.machines) if report else frozenset[str]()
+        spent_s = time.monotonic() - began
+        try:
+            started = await fallback._start(
+                missing, max(0.001, timeout_s - spent_s), busy_counts=busy_counts, known=known
+            )
+        except WakeError as error:
+            if report is None:
+                raise NotWoken(f"{first}; and through the Machines API: {error}") from error
+            return dataclasses.replace(report, seen={**report.seen, f"fallback: {error}": 1})
+        machines_started = tuple(
+            dataclasses.replace(machine, elapsed_s=spent_s + machine.elapsed_s) for machine in started.machines
+        )
+        return WakeReport(
+            target=self._config.target.url,
+            requested=machines,
+            machines=(report.machines if report else ()) + machines_started,
+            distinct=(report.distinct if report else 0) + started.distinct,
+            rounds=(report.rounds if report else 0) + started.rounds,
+            requests=(report.requests if report else 0) + started.requests,
+            elapsed_s=spent_s + started.elapsed_s,
+            seen=dict(Counter(report.seen if report else {f"proxy: {first}": 1}) + Counter(started.seen)),
+            unconfirmed=started.unconfirmed,
+        )
+
+    async def _wake_by_proxy(self, machines: int, timeout_s: float, *, busy_counts: bool) -> WakeReport:
         import httpx
 
         from .transport import WakeTransport

@@ -84,7 +84,7 @@ class Pacer:
             self._bucket(where, call, now).refused(now)
 
     def _bucket(self, where: str, call: Call, now: float) -> Bucket:
-        key = (where, call.name, call.app, call.machine)
+        key = (where, call.operation.method, call.operation.path, call.app, call.machine)
         if key not in self._buckets:
             if len(self._buckets) >= self._MAX_BUCKETS:
                 self._buckets = {key: bucket for key, bucket in self._buckets.items() if not bucket.idle(now)}
@@ -281,9 +281,15 @@ class AsyncMachines:
         call = requests.update(self.app, _id(machine), config, version=version, skip_launch=skip_launch, nonce=nonce)
         return await self._get(Machine.read, call, CREATE_TIMEOUT_S if timeout_s is None else timeout_s)
 
-    async def start(self, machine: str, *, nonce: str | None = None, timeout_s: float | None = None) -> str:
-        """Start it; returns the state it was in. Asked again while the platform says that it is not ready for it."""
-        said = await self._ask(Call("start", self.app, _id(machine), nonce=nonce), timeout_s)
+    async def start(
+        self, machine: str, *, repeat: bool = True, nonce: str | None = None, timeout_s: float | None = None
+    ) -> str:
+        """Start it; returns the state it was in.
+
+        Asked again while the platform says that the machine is not ready for it, unless *repeat* is false.
+        """
+        call = Call("start" if repeat else "try-start", self.app, _id(machine), nonce=nonce)
+        said = await self._ask(call, timeout_s)
         state = said.get("previous_state") if isinstance(said, Mapping) else None
         return state if isinstance(state, str) else ""
 
@@ -608,9 +614,11 @@ class Machines:
             )
         )
 
-    def start(self, machine: str, *, nonce: str | None = None, timeout_s: float | None = None) -> str:
-        """Start it; returns the state it was in. Asked again while the platform says that it is not ready for it."""
-        return self._do(lambda machines: machines.start(machine, nonce=nonce, timeout_s=timeout_s))
+    def start(
+        self, machine: str, *, repeat: bool = True, nonce: str | None = None, timeout_s: float | None = None
+    ) -> str:
+        """Start it; returns the state it was in. Asked again while it is not ready for it, unless *repeat* is false."""
+        return self._do(lambda machines: machines.start(machine, repeat=repeat, nonce=nonce, timeout_s=timeout_s))
 
     def stop(
         self,

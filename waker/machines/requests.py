@@ -70,7 +70,7 @@ class Operation:
 
     *busy*: refusals that pass with time and leave nothing done, so that the call is repeated after them. *repeat*:
     whether it may be repeated when nobody knows if it was done (no answer, or a 5xx): only if twice comes to the same
-    as once. What was surely not done (no connection, 429) is always repeated.
+    as once. What was surely not done (no connection, 429) is repeated, where *refused* does not say otherwise.
     """
 
     does: str  # "start {subject}", for messages
@@ -80,6 +80,7 @@ class Operation:
     busy: frozenset[int] = NEVER
     repeat: bool = False
     gone_is_done: bool = False  # a 404 means that it was done before
+    refused: bool = True  # whether what was surely not done is repeated
 
 
 APP = "/apps/{app}"
@@ -98,6 +99,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "delete": Operation("delete {subject}", "DELETE", MACHINE, busy=LEASED, repeat=True, gone_is_done=True),
     "destroy": Operation("delete {subject}", "DELETE", MACHINE, busy=BUSY, repeat=True, gone_is_done=True),
     "start": Operation("start {subject}", "POST", MACHINE + "/start", busy=BUSY),
+    "try-start": Operation("start {subject}", "POST", MACHINE + "/start", refused=False),
     "stop": Operation("stop {subject}", "POST", MACHINE + "/stop", busy=BUSY, repeat=True),
     "wait": Operation("wait for {subject}", "GET", MACHINE + "/wait", repeat=True),
     "events": Operation("list the events of {subject}", "GET", MACHINE + "/events", repeat=True),
@@ -385,7 +387,7 @@ def again(call: Call, error: MachinesError, attempt: int, chance: float) -> floa
     """
     operation = call.operation
     grown = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(attempt, 10)) * (0.5 + chance / 2)
-    if attempt > MAX_ATTEMPTS or isinstance(error, NoCapacity):
+    if attempt > MAX_ATTEMPTS or isinstance(error, NoCapacity) or not operation.refused:
         return None
     if isinstance(error, RateLimited):
         return grown
