@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import select
 import signal
 import socket
 import statistics
@@ -234,8 +235,14 @@ class Run:
 
     def ended(self) -> float:
         """Wait for the end; when that was."""
-        code = self.process.wait(PATIENCE_S)
+        # Not wait(timeout): that looks again every 50 ms at last.
+        pidfd = os.pidfd_open(self.process.pid)
+        ended, _, _ = select.select([pidfd], [], [], PATIENCE_S)
         at = time.monotonic()
+        os.close(pidfd)
+        if not ended:
+            raise TimeoutError(f"still there after {PATIENCE_S:g} s")
+        code = self.process.wait()
         if code != 0:
             raise RuntimeError(f"expected exit code 0, got {code}")
         return at

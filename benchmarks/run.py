@@ -32,7 +32,7 @@ def machine_rows(found: Mapping[str, Any]) -> list[Row]:
         word = "" if one["ratio_is"] == "ours to theirs" else " sooner" if one["unit"] == "ms" else " less"
         rows.append({
             "what": one["what"], "ours": f"{_number(one['ours'])} {one['unit']}", "beside it": beside,
-            "ratio": f"{_number(one['ratio'])}×{word}", "target": one["target"], "met": one["met"],
+            "ratio": "" if one["ratio"] is None else f"{_number(one['ratio'])}×{word}", "target": one["target"], "met": one["met"],
         })  # fmt: skip
     return rows
 
@@ -129,10 +129,8 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def _number(value: float | None) -> str:
+def _number(value: float) -> str:
     """Three digits that mean something."""
-    if value is None:
-        return "–"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
