@@ -29,10 +29,11 @@ def machine_rows(found: Mapping[str, Any]) -> list[Row]:
     rows = []
     for one in found["rows"]:
         beside = [f"{name} {_number(value)} {one['unit']}".rstrip() for name, value in one["beside"].items()]
-        word = "" if one["ratio_is"] == "ours to theirs" else " sooner" if one["unit"] == "ms" else " less"
+        word = "" if one["ratio_is"] == "ours to theirs" else " sooner" if "→" in one["what"] else " less"
+        ratio = "" if one["ratio"] is None else f"{_number(one['ratio'])}×{word}"
         rows.append({
-            "what": one["what"], "ours": f"{_number(one['ours'])} {one['unit']}", "beside it": beside,
-            "ratio": "" if one["ratio"] is None else f"{_number(one['ratio'])}×{word}", "target": one["target"], "met": one["met"],
+            "what": one["what"], "ours": f"{_number(one['ours'])} {one['unit']}", "beside it": beside, "ratio": ratio,
+            "target": one["target"], "met": one["met"],
         })  # fmt: skip
     return rows
 
