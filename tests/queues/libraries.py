@@ -22,6 +22,7 @@ class Library(NamedTuple):
 
 
 LIBRARIES = (
+    Library("taskiq", "taskiq_app", "taskiq", "redis", back_here=True, back_s=60),
     Library("django-postgres", "django_app", "django_tasks", "postgres", back_here=True, retries=False),
     Library("django-sqlite", "django_app", "django_tasks", "files", back_here=True, retries=False),
     Library("rq", "rq_app", "rq", "redis", back_here=True),

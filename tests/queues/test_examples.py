@@ -27,6 +27,14 @@ class Example(NamedTuple):
 
 
 EXAMPLES = (
+    Example(
+        "taskiq",
+        "taskiq",
+        "redis",
+        "tasks:broker",
+        {"REDIS_URL": "{url}"},
+        order="import asyncio, tasks; asyncio.run(tasks.greet.kiq('you'))",
+    ),
     Example("huey", "huey", "redis", "tasks:huey", {"REDIS_URL": "{url}"},
             order='import tasks; tasks.greet("you")'),  # fmt: skip
     Example(

@@ -37,6 +37,19 @@ class Library(NamedTuple):
 # The name of a library is that of its module here, and of its drain.
 LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
+    "taskiq": Library(
+        (
+            "taskiq_redis.redis_broker.RedisStreamBroker",
+            "taskiq_redis.redis_broker.ListQueueBroker",
+            "taskiq_redis.redis_broker.PubSubBroker",
+            "taskiq.scheduler.scheduler.TaskiqScheduler",
+            "taskiq.receiver.receiver.Receiver",
+        ),
+        "taskiq",
+        ("taskiq", "taskiq_redis"),
+        several=True,
+        named=True,
+    ),
     "django_tasks": Library(
         (
             "django.core.handlers.asgi.ASGIHandler",

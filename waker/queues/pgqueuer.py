@@ -10,15 +10,15 @@ than that of their loop; they know of no limits and schedules.
 """
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..backlog import Backlog
 from ..errors import UsageError
 from . import Finding, Row
 from .hook import Nudges, nudge_after_transaction, nudge_with
+from .reading import read_now
 
 if TYPE_CHECKING:
     from pgqueuer import PgQueuer, Queries
@@ -129,7 +129,7 @@ def heartbeat_s(manager: Any) -> float:
 def backlog(target: "Callable[[], Any] | PgQueuer | Queries", names: Sequence[str] = ()) -> Backlog:
     """Read the table afresh; of a factory, what it makes, on a connection that lasts for this reading."""
     if not hasattr(target, "queries") and not hasattr(target, "driver"):
-        return _run(_read_once(target))
+        return read_now(_read_once(target))
     reading = read(target)
     driver: Any = getattr(getattr(target, "queries", target), "driver", None)
     if not asyncio.iscoroutinefunction(driver.fetch):
@@ -217,16 +217,3 @@ async def _read_once(factory: Any) -> Backlog:
         reading = read(manager)
         queries = manager.queries
         return reading.backlog_of(await queries.driver.fetch(reading.query, *reading.arguments))
-
-
-def _run(reading: Coroutine[Any, Any, Backlog]) -> Backlog:
-    """In an event loop of its own, also where this thread has one that runs."""
-    if asyncio._get_running_loop() is None:
-        return asyncio.run(reading)
-    answers: list[Backlog] = []
-    thread = threading.Thread(target=lambda: answers.append(asyncio.run(reading)))
-    thread.start()
-    thread.join()
-    if not answers:
-        raise ConnectionError("the backlog could not be read")
-    return answers[0]
