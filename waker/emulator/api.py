@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 
 from . import shown
 from .bodies import BODIES
-from .cloud import ORG, App, Cloud, Deployed, NotThereError, TakenError, UnknownImageError, Volume
+from .cloud import ORG, App, Cloud, Deployed, NameTakenError, NotThereError, TakenError, UnknownImageError, Volume
 from .leases import Lease
 from .machine import Machine, RefusedError, Stage
 from .message import Answer, Headers, Request
@@ -40,8 +40,8 @@ MAX_EXEC_S = 600
 EXEC_S = 30  # the unit and the default are undocumented
 MAX_OUTPUT = 1 << 20
 EVENTS, MAX_EVENTS = 20, 50
-OWNER = "user@emulated"
-SOMEBODY = "somebody@else"
+OWNER = "you@example.com"
+SOMEBODY = "somebody@example.com"
 NONCE = "fly-machine-lease-nonce"
 APP_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 REGION_NAMES = """
@@ -185,6 +185,11 @@ class Api:
             return 400, {"error": f"invalid_argument: {error}"}
         if isinstance(error, NotThereError):
             return 404, {"error": str(error)}
+        if isinstance(error, NameTakenError):
+            return 409, {
+                "error": str(error),
+                "status": "name_taken",
+            }  # fly-go knows the word, the OpenAPI file does not
         if isinstance(error, TakenError):
             return 409, {"error": str(error)}
         if isinstance(error, UnknownImageError):
@@ -296,7 +301,8 @@ class Api:
             return
         reason = "could not reserve resource for machine: insufficient memory available to fulfill request"
         if create:
-            raise ApiError(412, f"insufficient resources: {reason}", "insufficient_capacity")
+            status = self._world.knobs.no_capacity_status
+            raise ApiError(status, f"insufficient resources: {reason}", "insufficient_capacity")
         raise ApiError(409, f"aborted: {reason}", "insufficient_capacity")
 
     def _app(self, operation: Operation) -> App:
@@ -628,14 +634,13 @@ class Api:
         return machine.lease
 
     def _enveloped(self, lease: Lease, *, nonce: bool = True) -> dict[str, Any]:
-        data = {
+        data: dict[str, Any] = {
             "owner": lease.owner,
             "expires_at": lease.expires_at,
             "version": lease.version,
             "description": lease.description,
         }
-        if nonce:
-            data["nonce"] = lease.nonce
+        data["nonce"] = lease.nonce if nonce else ""
         return {"status": "success", "data": data} if self._world.knobs.lease_envelope else data
 
     async def _machines_show_lease(self, call: Call) -> Done:
@@ -651,7 +656,12 @@ class Api:
         ttl = self._ttl(call.body.get("ttl") or call.number("ttl")) or world.knobs.lease_ttl_s
         if world.strikes("lease_held", machine.id):
             self._lease(machine, world.knobs.lease_held_s, SOMEBODY, "fault: lease_held")
-        machine.check_lease(call.nonce)
+        try:
+            machine.check_lease(call.nonce)
+        except RefusedError as refused:
+            if not world.knobs.lease_envelope:
+                raise
+            return 409, {"status": "error", "message": refused.reason, "code": "lease_held"}
         held = machine.lease is not None and machine.lease.blocks(None, world.now())
         nonce = machine.lease.nonce if held and machine.lease is not None else None
         lease = self._lease(machine, ttl, OWNER, call.body.get("description", ""), nonce)

@@ -27,7 +27,17 @@ from .states import State
 from .virtual import CallableRunner
 from .world import World
 
-__all__ = ["VIRTUAL_PORT", "App", "Cloud", "Deployed", "NotThereError", "TakenError", "UnknownImageError", "Volume"]
+__all__ = [
+    "VIRTUAL_PORT",
+    "App",
+    "Cloud",
+    "Deployed",
+    "NameTakenError",
+    "NotThereError",
+    "TakenError",
+    "UnknownImageError",
+    "Volume",
+]
 
 MAX_LOG_LINES = 1_000  # per machine
 MAX_VERSIONS = 100
@@ -43,6 +53,10 @@ class NotThereError(Exception):
 
 class TakenError(Exception):
     """Somebody else has that name, or that volume."""
+
+
+class NameTakenError(TakenError):
+    """Another machine of the app has that name."""
 
 
 class UnknownImageError(Exception):
@@ -228,7 +242,7 @@ class Cloud:
         """
         world = self._world
         if name is not None and (twin := self._named(app, name)) is not None:
-            raise TakenError(f"already_exists: unique machine name violation, machine ID {twin} has the name already")
+            raise NameTakenError(f'unique machine name violation, machine ID {twin} already exists with name "{name}"')
         self.understand(config)  # refuse before anything is registered
         index = self._made
         machine_id = f"e{self._family}{0x8000 + 17 * (index + 1) & 0xFFFF:04x}"

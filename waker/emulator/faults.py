@@ -27,6 +27,7 @@ FAULTS: Mapping[str, str] = {
     "kill_machine": "the host kills the VM a moment after a start (the knob kill_machine_s): exit code 137",
     "out_of_memory": "the kernel kills the program a moment after a start (the knob kill_machine_s): exit code 137",
     "no_capacity": "a create or a start through the API fails: the region has no capacity, 412 or 409",
+    "host_unreachable": "a machine is shown without its config, for its host cannot be reached",
     "lease_held": "somebody takes a machine's lease just before a change of it through the API, 409",
     "api_rate_limited": "the API answers 429 though the limit is not reached",
     "api_error": "the API answers 500 and has done nothing",

@@ -18,7 +18,7 @@ __all__ = ["History", "Told", "rfc3339"]
 MAX_TOLD = 200
 NO_SIGNAL = -1
 KILLED = 9
-PLATFORM_STARTS = ("launch", "update", "restart", "restart-policy", "schedule")
+PLATFORM_STARTS = ("restart-policy", "schedule")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,12 @@ def _exit(event: Event, at: float, knobs: Knobs) -> Mapping[str, Any]:
     }
     if knobs.exit_event_omits_zeros:
         exit_event = {name: value for name, value in exit_event.items() if value}
-    if knobs.exit_event_in == "MonitorEvent":
-        return {"MonitorEvent": {"exit_event": exit_event}, "restart_count": fields.get("restart", 0)}
-    return {"exit_event": exit_event, "restart_count": fields.get("restart", 0)}
+    request: dict[str, Any] = {"restart_count": fields.get("restart", 0)}
+    if knobs.exit_event_in != "MonitorEvent":
+        request["exit_event"] = exit_event
+    if knobs.exit_event_in != "request":
+        request["MonitorEvent"] = {"exit_event": exit_event}
+    return request
 
 
 def rfc3339(at: float) -> str:

@@ -187,10 +187,11 @@ class Knobs:
     )
     exit_event_in: str = _knob(
         "request",
-        "where an exit event's `request` holds its exit_event: at once, or in MonitorEvent",
+        "where an exit event's `request` holds its exit_event: at once, in MonitorEvent, or in both",
         "machines/_get.erb; fly-go prefers MonitorEvent where it is present",
         "request",
         "MonitorEvent",
+        "both",
     )
     exit_event_omits_zeros: bool = _knob(
         False, "whether zeros and falses are left out of an exit event", "fly-go's own JSON does"
@@ -211,6 +212,9 @@ class Knobs:
     )
     autostart_default: bool = _knob(
         False, "a service without `autostart`", "machines-resource says false, fly.toml's reference true"
+    )
+    no_capacity_status: int = _knob(
+        412, "a create in a region without capacity", "Kilo-Org/cloud#412 saw 412, #787 400; the docs' table has 422"
     )
     unknown_image_status: int = _knob(422, "a create whose image cannot be found", UNDOCUMENTED)
     full_regions: str = _knob("", "regions without capacity, with commas between: creates and starts fail", "ours")

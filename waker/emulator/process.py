@@ -135,9 +135,20 @@ class ProcessGuest:
             raise
         finally:
             theirs.close()
-        self._control, self._orders = await asyncio.open_connection(sock=ours)
+        try:
+            self._control, self._orders = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()  # the init ends with it
+            self._init.wait()
+            raise
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._copy_output())]
-        await self._spawned.wait()
+        try:
+            await self._spawned.wait()
+        except asyncio.CancelledError:
+            # The platform ends while a machine boots: what was started is not left behind.
+            self.kill()
+            await self.exited
+            raise
 
     async def connect(self) -> HttpConnection:
         """Connect to the machine's port."""

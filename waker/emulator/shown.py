@@ -48,6 +48,8 @@ def machine(world: World, deployed: Deployed, *, summary: bool = False) -> dict[
         "host_status": "ok",
         "cordoned": life.cordoned,
     }
+    if world.strikes("host_unreachable", life.id):
+        shown |= {"host_status": "unreachable", "incomplete_config": shown.pop("config")}
     return {name: value for name, value in shown.items() if name not in SUMMARY_OMITS} if summary else shown
 
 
