@@ -14,10 +14,10 @@ SOAK_ROUNDS ?= 3000
 SOAK_SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test lint bench soak readme clean
+.PHONY: help venv install demo test test-queues lint bench soak readme clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | while IFS='	' read -r target what; do printf '  make %-9s %s\n' "$$target" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS='	' read -r target what; do printf '  make %-11s %s\n' "$$target" "$$what"; done
 
 venv: $(VENV)/.made ## make the environment, in .venv unless VENV=… is given
 
@@ -28,6 +28,11 @@ demo: $(VENV)/.demo ## the whole loop: 60 jobs, three machines that wake, drain 
 
 test: $(VENV)/.dev ## run the tests
 	$(BIN)/pytest $(ARGS)
+
+test-queues: $(VENV)/.dev ## every queue library against real servers, in full (make test has the short form)
+	@command -v rabbitmqctl >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends rabbitmq-server; }
+	QUEUE_CONTRACT=full $(BIN)/pytest tests/queues --timeout=600 $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -28,13 +28,22 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_generate_tests(metafunc):
     if "library" in metafunc.fixturenames:
-        metafunc.parametrize("library", CHOSEN, ids=lambda one: one.name, scope="session")
+        # A module about some libraries names their extras.
+        extras = getattr(metafunc.module, "EXTRAS", None)
+        chosen = [one for one in CHOSEN if extras is None or one.extra in extras]
+        metafunc.parametrize("library", chosen, ids=lambda one: one.name, scope="session")
 
 
 @pytest.fixture(scope="session")
 def size():
     """How much of everything: the short form, or the one that was promised."""
     return (500, 60, 60) if FULL else (40, 10, 20)
+
+
+@pytest.fixture(scope="session")
+def moments_s():
+    """How long after a job has run the next one rings."""
+    return [0.06 * number for number in range(20)] if FULL else [0.0, 0.05, 0.3]
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 
-import waker
 from harness import Machine, free_port, session_pids, until
+
+import waker
 from waker.backlog import Backlog
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -73,7 +74,7 @@ def _put_ours_in(folder: str) -> None:
                 out.write(
                     f"#!{folder}/bin/python\nimport sys\nfrom _wake_on_request import {name}\nsys.exit({name}())\n"
                 )
-            os.chmod(script, 0o755)
+            os.chmod(script, 0o755)  # noqa: S103 - a command like any other
 
 
 def for_library(extra: str, pins: Sequence[str] = ()) -> str:
@@ -81,7 +82,7 @@ def for_library(extra: str, pins: Sequence[str] = ()) -> str:
     return environment(extra, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"][extra], *pins])
 
 
-# -- servers -------------------------------------------------------------------------------------------------------------
+# -- servers -----------------------------------------------------------------------------------------------------------
 
 
 class Server:
@@ -168,8 +169,9 @@ class Rabbit(Server):
             out.write("[].\n")
         self.environ = {
             **os.environ, "HOME": folder, "RABBITMQ_NODENAME": f"wake{self.port}@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_DIST_PORT": str(self.dist), "ERL_EPMD_PORT": str(free_port()),
-            "ERL_EPMD_ADDRESS": "127.0.0.1", "RABBITMQ_MNESIA_BASE": f"{folder}/mnesia", "RABBITMQ_LOG_BASE": folder,
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1", "RABBITMQ_DIST_PORT": str(self.dist),
+            "ERL_EPMD_PORT": str(free_port()), "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_MNESIA_BASE": f"{folder}/mnesia", "RABBITMQ_LOG_BASE": folder,
             "RABBITMQ_CONFIG_FILE": config, "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/enabled_plugins",
             "RABBITMQ_PID_FILE": f"{folder}/pid", "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
@@ -226,7 +228,10 @@ class Postgres(Server):
         """Its children have sessions of their own, and a new server refuses to start beside one of them."""
         if self.process is not None:
             pid = self.process.pid
-            with contextlib.suppress(FileNotFoundError), open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file,
+            ):
                 children = [int(child) for child in file.read().split()]
                 super().kill()
                 for child in children:
@@ -242,7 +247,7 @@ class Postgres(Server):
     def freshen(self) -> str:
         self.databases += 1
         name = f"test{self.databases}"
-        subprocess.run([f"{self.bin}/psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "test", "-d", "postgres", "-c",
+        subprocess.run([f"{self.bin}/psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "test", "postgres", "-c",
                         f"create database {name}"], check=True, capture_output=True)  # fmt: skip
         return f"postgresql://test@127.0.0.1:{self.port}/{name}"
 
@@ -263,7 +268,7 @@ class Files(Server):
 SERVER_KINDS = {"redis": Redis, "rabbit": Rabbit, "postgres": Postgres, "files": Files}
 
 
-# -- one library at work -------------------------------------------------------------------------------------------------
+# -- one library at work -----------------------------------------------------------------------------------------------
 
 
 class Producer:
@@ -332,9 +337,9 @@ class Bench:
     def command(self) -> list[str]:
         return [f"{self.venv}/bin/worker", "up", f"{self.library.app}:target"]
 
-    def up(self, **env: str) -> Machine:
+    def up(self, *options: str, **env: str) -> Machine:
         """Start a machine."""
-        machine = Machine(f"{self.library.app}:target", cwd=APPS, folder=f"{self.venv}/bin",
+        machine = Machine(*options, f"{self.library.app}:target", cwd=APPS, folder=f"{self.venv}/bin",
                           env={**self.env, "WORKER_BATON": "off", **env})  # fmt: skip
         self._stack.callback(machine.end)
         return machine

@@ -74,6 +74,7 @@ def test_a_stop_signal_finishes_or_requeues_what_is_running(bench):
     assert Counter(bench.noted("ran")) == Counter([*map(str, range(20)), "slow"])
 
 
+@pytest.mark.full
 def test_a_job_longer_than_the_stop_deadline_is_begun_again(bench):
     """It is put back in time, or comes back as after a kill."""
     if bench.library.back_s is None and not bench.library.back_here:
@@ -103,10 +104,12 @@ def test_a_killed_worker_loses_no_job(bench):
     everything = {"hang", *map(str, range(5))}
     # Every time that the probe names is kept: at some reading the job is ready, and a drain runs it.
     bench.drain_until(lambda: set(bench.noted("ran")) == everything, "all ran", within_s=bench.library.back_s)
-    assert Counter(bench.noted("ran")) == Counter(everything)
+    # What had run and was not yet acknowledged may run again.
+    assert max(Counter(bench.noted("ran")).values()) <= 2
     assert bench.producer.backlog() == (0, 0, None)
 
 
+@pytest.mark.full
 def test_the_same_machine_takes_its_own_job_back_at_once(bench):
     """Rule 11: what this machine held in an earlier boot is held by nobody."""
     if not bench.library.back_here:
@@ -155,14 +158,14 @@ def test_a_broker_that_dies_during_a_pass_and_comes_back_costs_no_job(bench):
     bench.drain_until(lambda: set(bench.noted("ran")) == everything, "all ran", within_s=60, FLY_MACHINE_ID="m1")
 
 
-def test_a_ring_around_the_last_look_is_kept(bench):
+def test_a_ring_around_the_last_look_is_kept(bench, moments_s):
     """An accepted wake means that its job is run before the machine ends with 0, whenever it comes."""
-    for number in range(6):
+    for number, moment_s in enumerate(moments_s):
         bench.producer.enqueue("record", f"first-{number}")
         machine = bench.up()
         bench.saw("ran", f"first-{number}")
-        # Later each time: during the pass, the last reading, the leave, and after it.
-        time.sleep(0.02 * number)  # not to wait for something: this is the moment that is tried
+        # During the pass, the last reading, the leave, and after it: not a wait for something, the moment that is tried.
+        time.sleep(moment_s)
         bench.producer.enqueue("record", f"second-{number}")
         try:
             accepted = machine.ask().status == 200
@@ -173,7 +176,7 @@ def test_a_ring_around_the_last_look_is_kept(bench):
             assert f"second-{number}" in bench.noted("ran")
         else:
             bench.drain()
-    assert len(bench.noted("ran")) == 12
+    assert len(bench.noted("ran")) == 2 * len(moments_s)
 
 
 def test_the_hook_nudges_when_the_job_is_in_the_queue(bench, fly_platform):
@@ -215,7 +218,7 @@ def test_a_thousand_jobs_handed_over_at_random(bench, fly_platform, size):
             [f"{bench.venv}/bin/python", "hand_over.py", bench.library.app, who, "500", str(seed)],
             cwd=f"{CHECKOUT}/tests/queues/apps",
             env={**bench.env, "WAKER_TARGET": platform.url},
-        )  # fmt: skip
+        )
         for seed, who in enumerate(("a", "b"))
     ]
     try:

@@ -35,8 +35,31 @@ EXAMPLES = (
         {"REDIS_URL": "{url}"},
         order="import asyncio, tasks; asyncio.run(tasks.greet.kiq('you'))",
     ),
-    Example("huey", "huey", "redis", "tasks:huey", {"REDIS_URL": "{url}"},
-            order='import tasks; tasks.greet("you")'),  # fmt: skip
+    Example(
+        "rq",
+        "rq",
+        "redis",
+        "tasks:queue",
+        {"REDIS_URL": "{url}"},
+        order='import tasks; tasks.queue.enqueue(tasks.greet, "you")',
+    ),
+    Example(
+        "celery",
+        "celery",
+        "redis",
+        "tasks:app",
+        {"BROKER_URL": "{url}"},
+        order='import tasks; tasks.greet.delay("you")',
+    ),
+    Example(
+        "celery",
+        "celery",
+        "rabbit",
+        "tasks:app",
+        {"BROKER_URL": "{url}"},
+        order='import tasks; tasks.greet.delay("you")',
+    ),
+    Example("huey", "huey", "redis", "tasks:huey", {"REDIS_URL": "{url}"}, order='import tasks; tasks.greet("you")'),
     Example(
         "django",
         "django_tasks",
@@ -78,7 +101,7 @@ EXAMPLES = (
 )
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda one: one.folder)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda one: f"{one.folder}-{one.server}")
 def test_an_order_wakes_the_worker_of_the_example(example, servers, fly_platform, tmp_path):
     folder = f"{CHECKOUT}/examples/{example.folder}"
     try:
@@ -90,8 +113,13 @@ def test_an_order_wakes_the_worker_of_the_example(example, servers, fly_platform
     env = {**inherited, **own, "PATH": f"{venv}/bin:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
     if example.before:
         subprocess.run([f"{venv}/bin/python", *example.before], cwd=folder, env=env, check=True, timeout=60)
-    platform = fly_platform([f"{venv}/bin/worker", "up", example.target], machines=1, knobs=Knobs(time_scale=0.05),
-                            cwd=folder, env={**env, "WORKER_LINGER_S": "0"})  # fmt: skip
+    platform = fly_platform(
+        [f"{venv}/bin/worker", "up", example.target],
+        machines=1,
+        knobs=Knobs(time_scale=0.05),
+        cwd=folder,
+        env={**env, "WORKER_LINGER_S": "0"},
+    )
     env["WAKER_TARGET"] = platform.url
     if example.web:
         port = free_port()

@@ -7,8 +7,8 @@ A library's module imports the library inside its functions, and nothing of anot
 - `findings(queue) -> list[Finding]`: its settings that lose jobs, for `worker check`;
 - `ROWS`: its lines in the README's table, one for each broker on which it behaves differently.
 
-*names* are queues as the library's users name them (`--queues high,low`); none means those that the library's own worker
-would take. Where `several` is set, *queue* may also be a list. The drain of the same name in `worker/drains/` uses the
+*names* are queues as the library's users name them (`--queues high,low`); none means those that its own worker would
+take. Where `several` is set, *queue* may also be a list. The drain of the same name in `worker/drains/` uses the
 same probe. A queue is recognised by the names of its classes: no library is imported to find out that it is not in use.
 """
 
@@ -37,6 +37,8 @@ class Library(NamedTuple):
 # The name of a library is that of its module here, and of its drain.
 LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
+    "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
+    "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
     "taskiq": Library(
         (
             "taskiq_redis.redis_broker.RedisStreamBroker",
@@ -61,8 +63,6 @@ LIBRARIES = {
         ("django", "django_tasks", "django_tasks_db"),
         named=True,
     ),
-    "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
-    "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
     "pgqueuer": Library(
         (
             "pgqueuer.core.applications.PgQueuer",

@@ -1,7 +1,7 @@
 """Celery (5.7.0 and kombu 5.7.0 were read), on Redis and on RabbitMQ.
 
-A worker takes a task whose ETA is still ahead into its memory and puts it back when it stops, among the ordinary ones. On
-Redis the messages are read to tell them apart. RabbitMQ cannot be read without disturbing the order and the count of
+A worker takes a task whose ETA is still ahead into its memory and puts it back when it stops, among the ordinary ones.
+On Redis the messages are read to tell them apart. RabbitMQ cannot be read without disturbing the order and the count of
 deliveries: there the drain leaves a note behind it, in a queue of its own, with how many it put back and when the first
 is due. The note is doubted where it does not fit the numbers: a job that is looked for in vain costs one start of a
 machine, one that is not looked for waits.
@@ -37,8 +37,9 @@ ROWS = (
         "Celery on Redis",
         "worker up myapp.tasks:app (--queues high,low as with celery worker -Q)",
         "nudge_on_enqueue(app)",
-        "everything, unless task_acks_late is switched off; at once when the same Machine starts again, elsewhere after 30 s "
-        "(held by a plain Celery worker: visibility_timeout). kombu loses the job that Redis hands over in that very moment",
+        "everything, unless task_acks_late is switched off; at once when the same Machine starts again, elsewhere "
+        "after 30 s (held by a plain Celery worker: visibility_timeout). kombu loses the job that Redis hands over in "
+        "that very moment",
         "ready, running, ETA and countdown, retries, held tasks",
         "task_acks_late=False, task_reject_on_worker_lost, visibility_timeout",
     ),
@@ -82,7 +83,7 @@ def transport_of(app: "Celery") -> str:
 
 
 def backlog(app: "Celery", names: Sequence[str] = (), *, note: Note | None = None) -> Backlog:
-    """Read the queues afresh, on a connection of its own. *note*: known to the drain, instead of the one on RabbitMQ."""
+    """Read the queues afresh, on a connection of its own. *note* is the drain's, instead of the one on RabbitMQ."""
     with app.connection_for_read() as connection:
         connection.connect()
         queues = queues_of(app, names)
@@ -91,7 +92,7 @@ def backlog(app: "Celery", names: Sequence[str] = (), *, note: Note | None = Non
         return _amqp(connection, queues, note)
 
 
-# -- Redis ---------------------------------------------------------------------------------------------------------------
+# -- Redis -------------------------------------------------------------------------------------------------------------
 
 
 def raw(channel: Any) -> tuple[Any, Callable[[str], str]]:
@@ -146,7 +147,7 @@ def _timestamp(eta: datetime) -> float:
     return (eta if eta.tzinfo else eta.replace(tzinfo=UTC)).timestamp()
 
 
-# -- RabbitMQ ------------------------------------------------------------------------------------------------------------
+# -- RabbitMQ ----------------------------------------------------------------------------------------------------------
 
 
 def _amqp(connection: Any, queues: Sequence[str], note: Note | None) -> Backlog:
@@ -210,7 +211,7 @@ def _note_queue(queues: Sequence[str]) -> str:
     return NOTE_QUEUE + "+".join(sorted(queues))
 
 
-# -- the app -------------------------------------------------------------------------------------------------------------
+# -- the app -----------------------------------------------------------------------------------------------------------
 
 
 def nudge_on_enqueue(app: "Celery", waker: Nudges | None = None) -> None:
@@ -232,23 +233,44 @@ def nudge_on_enqueue(app: "Celery", waker: Nudges | None = None) -> None:
 def findings(app: "Celery") -> list[Finding]:
     """Settings with which a killed machine costs tasks."""
     conf, found = app.conf, []
-    if is_set(app, "task_acks_late") and not conf.task_acks_late:
-        found.append(Finding("task_acks_late", "False", "loses the job: a task that runs when its machine is killed is gone",
-                             "remove the setting (worker up makes it True), or set it for the tasks that may run twice"))  # fmt: skip
-    if not conf.task_reject_on_worker_lost:
-        found.append(Finding("task_reject_on_worker_lost", repr(conf.task_reject_on_worker_lost),
-                             "a task whose own process is killed, for want of memory, counts as failed and is not repeated",
-                             "True, if your tasks may run twice and none of them kills its process every time"))  # fmt: skip
     options = conf.broker_transport_options or {}
     transport = transport_of(app)
+    if is_set(app, "task_acks_late") and not conf.task_acks_late:
+        found.append(
+            Finding(
+                "task_acks_late",
+                "False",
+                "loses the job: a task that runs when its machine is killed is gone",
+                "remove the setting (worker up makes it True), or set it for the tasks that may run twice",
+            )
+        )
+    if not conf.task_reject_on_worker_lost:
+        found.append(
+            Finding(
+                "task_reject_on_worker_lost",
+                repr(conf.task_reject_on_worker_lost),
+                "a task whose own process is killed, for want of memory, counts as failed and is not repeated",
+                "True, if your tasks may run twice and none of them kills its process every time",
+            )
+        )
     if transport == "redis" and "visibility_timeout" not in options:
-        found.append(Finding("broker_transport_options['visibility_timeout']", "not set (3600)",
-                             "a task that runs longer is begun a second time beside the first",
-                             "seconds above your longest task and your longest countdown, the same in every worker"))  # fmt: skip
+        found.append(
+            Finding(
+                "broker_transport_options['visibility_timeout']",
+                "not set (3600)",
+                "a task that runs longer is begun a second time beside the first",
+                "seconds above your longest task and your longest countdown, the same in every worker",
+            )
+        )
     if transport == "amqp" and not options.get("confirm_publish"):
-        found.append(Finding("broker_transport_options['confirm_publish']", repr(options.get("confirm_publish")),
-                             "loses the job: delay() returns, and wakes, before RabbitMQ has the task",
-                             "True, in the app that sends tasks"))  # fmt: skip
+        found.append(
+            Finding(
+                "broker_transport_options['confirm_publish']",
+                repr(options.get("confirm_publish")),
+                "loses the job: delay() returns, and wakes, before RabbitMQ has the task",
+                "True, in the app that sends tasks",
+            )
+        )
     return found
 
 

@@ -1,9 +1,9 @@
 """RQ (3.0.0 was read): what its registries in Redis tell.
 
 A job that a worker holds is in the started registry, with the time at which it counts as abandoned; one that waits for
-its time, a retry with an interval too, is in the scheduled registry. A job that was popped and not yet registered is in
-the queue's intermediate list. None of them is read here through a method that cleans up: RQ's own clean-up gives up jobs
-that our drain brings back.
+its time, a retry with an interval too, is in the scheduled registry. A job that was popped and not yet registered is
+in the queue's intermediate list. None of them is read here through a method that cleans up: RQ's own clean-up gives up
+jobs that our drain brings back.
 """
 
 import math
@@ -26,8 +26,8 @@ ROWS = (
         "RQ",
         "worker up myapp.tasks:queue (or a list of queues, or a Worker for its class and settings)",
         "nudge_on_enqueue(queue)",
-        "everything; at once when the same Machine starts again, elsewhere after its heartbeat (30 s; SimpleWorker: the "
-        "job's timeout + 60 s). A job without Retry is begun again at most 3 times, then fails",
+        "everything; at once when the same Machine starts again, elsewhere after its heartbeat (30 s; SimpleWorker: "
+        "the job's timeout + 60 s). A job without Retry is begun again at most 3 times, then fails",
         "ready, running, delayed, retries, abandoned jobs",
         "nothing",
     ),
@@ -38,7 +38,7 @@ POPPED_S = 60.0
 
 
 def queues_of(target: Any, names: Sequence[str] = ()) -> "list[Queue]":
-    """The queues that *target* means: itself, those in the list, or the Worker's; with *names*, these beside the first."""
+    """The queues that *target* means: itself, the list, or the Worker's; with *names*, these beside the first."""
     found = list(target) if isinstance(target, list | tuple) else [target]
     queues = [queue for one in found for queue in (one.queues if hasattr(one, "dequeue_timeout") else [one])]
     first = queues[0]
@@ -46,7 +46,7 @@ def queues_of(target: Any, names: Sequence[str] = ()) -> "list[Queue]":
 
 
 def backlog(target: "Queue | BaseWorker | Sequence[Queue]", names: Sequence[str] = ()) -> Backlog:
-    """Read the queues afresh, in one exchange with Redis. Jobs whose worker is dead are ready when RQ says that it is."""
+    """Read the queues afresh, in one exchange with Redis. Jobs of a dead worker are ready when RQ says that it is."""
     from rq.scheduler import RQScheduler
     from rq.suspension import WORKERS_SUSPENDED
 

@@ -2,12 +2,12 @@
 
 The pool, its size and everything else are the user's settings. What differs from `celery worker`:
 
-- it stops when two looks in a row found no message waiting and none here but those whose ETA is ahead; it puts those back;
+- it stops when two looks in a row found none waiting, and none here but those with an ETA ahead, which it puts back;
 - signals are the drainer's, and a broker that is down ends the pass, so that the drainer decides how long to try;
 - tasks are acknowledged when they have run (`task_acks_late`), unless the user set that otherwise;
-- on Redis, which machine holds which message is kept beside it, in the same exchange with the broker and renewed while it
-  lives. What a dead machine held is put back after HELD_S instead of the visibility timeout, which is an hour, and what
-  this machine itself held before, at once. What plain Celery workers hold is none of our business.
+- on Redis, which machine holds which message is kept beside it, in the same exchange with the broker and renewed while
+  it lives. What a dead machine held is put back after HELD_S instead of the visibility timeout, which is an hour, and
+  what this machine itself held before, at once. What plain Celery workers hold is none of our business.
 """
 
 import threading
@@ -44,7 +44,8 @@ class Drain:
         self._pulse = pulse
         transport = probe.transport_of(app)
         if transport not in ("redis", "amqp"):
-            raise Refused(f"its broker is {app.connection_for_read().as_uri()}, and Redis, Valkey and RabbitMQ are known. "
+            broker = app.connection_for_read().as_uri()
+            raise Refused(f"its broker is {broker}, and only Redis, Valkey and RabbitMQ are known. "
                           "A command that drains it can be run with: worker up -- COMMAND")  # fmt: skip
         connection = app.connection_for_read()
         self.broker_errors: tuple[type[BaseException], ...] = (
@@ -55,6 +56,7 @@ class Drain:
         self._redis = transport == "redis"
         self._owner = options.machine or uuid.uuid4().hex
         self._recovered = False
+        self._rescued: list[tuple[Any, str, str]] = []
         self._note: Any = None  # on RabbitMQ, what our last pass put back; None before it: then everything counts
         self._stop = threading.Event()
         self._worker: Any = None
@@ -127,7 +129,7 @@ class Drain:
         return True
 
     def _settle(self) -> None:
-        """Settings that a drainer needs. None of them changes what a task means, and acks_late only where it was not set."""
+        """Settings that a drainer needs; what changes a task's fate, acks_late, only where it was not set."""
         from celery.worker.request import Request
 
         conf = self._app.conf
@@ -152,12 +154,12 @@ class Drain:
 
         Request.on_failure = counted
 
-    # -- Redis: who holds what -------------------------------------------------------------------------------------------
+    # -- Redis: who holds what -----------------------------------------------------------------------------------------
 
     def _keep_who_holds(self) -> None:
         from kombu.transport import redis as transport
 
-        held_key, lease = probe.HELD_KEY, self._lease
+        drain, held_key, lease, rescued = self, probe.HELD_KEY, self._lease, self._rescued
 
         class Held(transport.QoS):  # type: ignore[misc]  # kombu has no types
             _taking = ""
@@ -173,6 +175,12 @@ class Drain:
                 self._taking = delivery_tag
                 try:
                     super().append(message, delivery_tag)
+                except self.channel.connection_errors:
+                    # It is out of its queue and nowhere else: we have the only copy.
+                    info = message.delivery_info
+                    rescued.append((message._raw, info["exchange"], info["routing_key"]))
+                    drain._recovered = False
+                    raise
                 finally:
                     self._taking = ""
 
@@ -198,6 +206,11 @@ class Drain:
             connection.connect()
             channel = connection.channel()
             client, named = probe.raw(channel)
+            while self._rescued:
+                with channel.client.pipeline() as put:
+                    channel._do_restore_message(*self._rescued[-1], put)
+                    put.execute()
+                self._rescued.pop()
             now = time.time()
             unacked, gone = set(client.zrange(named(channel.unacked_index_key), 0, -1)), []
             for tag, lease in client.hgetall(named(probe.HELD_KEY)).items():

@@ -9,6 +9,8 @@ target = Celery("contract", broker=os.environ["CONTRACT_URL"])
 target.conf.update(
     worker_pool=os.environ.get("CONTRACT_POOL", "threads"), worker_concurrency=2, task_ignore_result=True
 )
+if os.environ.get("CONTRACT_ACKS_LATE") == "0":
+    target.conf.task_acks_late = False
 if os.environ["CONTRACT_URL"].startswith("amqp"):
     target.conf.broker_transport_options = {"confirm_publish": True}
 

@@ -1,4 +1,4 @@
-"""What the jobs of the contract do, whichever library runs them. An app's `enqueue(job, *args, delay_s=0)` is the library's.
+"""What the jobs of the contract do, whichever library runs them. An app's `enqueue(job, *args, delay_s=0)` is its own.
 
 A job's name is a function here. "flaky" is to be retried RETRY_S seconds after its failure, "fail" not at all.
 """
