@@ -12,9 +12,11 @@ ARGS ?=
 SOAK_STARTS ?= 500
 SOAK_ROUNDS ?= 3000
 SOAK_SEED ?= 1
+# For each operation of the Machines API; `make test` takes a few.
+FUZZ_EXAMPLES ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-queues lint bench soak readme clean
+.PHONY: help venv install demo test test-queues fuzz lint bench soak readme clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | while IFS='	' read -r target what; do printf '  make %-11s %s\n' "$$target" "$$what"; done
@@ -33,6 +35,11 @@ test-queues: $(VENV)/.dev ## every queue library against real servers, in full (
 	@command -v rabbitmqctl >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends rabbitmq-server; }
 	QUEUE_CONTRACT=full $(BIN)/pytest tests/queues --timeout=600 $(ARGS)
+
+fuzz: $(VENV)/.dev ## schemathesis over the emulator's Machines API, MACHINES_OPENAPI=the platform's OpenAPI file
+	@test -n "$(MACHINES_OPENAPI)" || { echo "make fuzz MACHINES_OPENAPI=/path/to/openapi.json: the platform's file is needed" >&2; exit 2; }
+	MACHINES_OPENAPI=$(MACHINES_OPENAPI) FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) \
+		$(BIN)/pytest tests/test_emulator_api_schemathesis.py --timeout=0 $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
