@@ -53,4 +53,6 @@ LIBRARIES = (
     Library("procrastinate", "procrastinate_app", "procrastinate", "postgres", back_here=True),
     Library("dramatiq-redis", "dramatiq_app", "dramatiq", "redis", back_here=True),
     Library("dramatiq-rabbit", "dramatiq_app", "dramatiq", "rabbit", pins=("pika>=1",), back_here=True),
+    Library("huey-redis", "huey_app", "huey", "redis", back_s=60, back_here=True),
+    Library("huey-sqlite", "huey_app", "huey", "files", back_s=60, back_here=True),
 )

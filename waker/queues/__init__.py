@@ -80,6 +80,7 @@ LIBRARIES = {
         ("dramatiq",),
         named=True,
     ),
+    "huey": Library(("huey.api.Huey", "huey.consumer.Consumer"), "huey", ("huey",)),
 }
 KNOWN = {kind: name for name, library in LIBRARIES.items() for kind in library.kinds}
 
