@@ -208,8 +208,9 @@ def check(folder, *arguments, environ=None):
 
 
 def test_every_rule_has_a_file_that_makes_it_fire():
-    assert set(FIRES) == {rule.name for rule in rules.RULES}
-    assert len(FIRES) == len(rules.RULES)
+    in_files = [rule.name for rule in rules.RULES if rule.looks_at != rules.ADDRESSES]  # those are of deployed apps
+    assert set(FIRES) == set(in_files)
+    assert len(FIRES) == len(in_files)
 
 
 @pytest.mark.parametrize(("name", "files", "line"), CASES)

@@ -1,5 +1,7 @@
 """The Machines API's client on the emulator's virtual clock: no sockets, no real time."""
 
+import random
+
 import httpx
 
 from waker.emulator import Knobs, Platform, run_virtual
@@ -44,4 +46,5 @@ def on_platform(story, program=None, *, knobs=None, seed=0, **options):
             ) as machines:
                 return await story(machines, platform, wire)
 
+    random.seed(seed)  # the client's jitter
     return run_virtual(main(), seed)

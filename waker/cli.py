@@ -15,6 +15,9 @@ VERBS = {
     "watch": "wake for a backlog and for due times, as a safety net beside the nudges",
     "jobs": "look at the embedded queue's jobs; retry or purge dead ones",
     "run": "run a command on a machine of its own and end with its exit code",
+    "schedule": "scheduled machines whose starts are spread over the interval",
+    "machines": "list an app's machines, and how their last runs ended",
+    "fleet": "make the worker machines that a wake starts, and check those that are deployed",
     "emulate": "run the platform on this machine, in the foreground",
     "demo": "show the whole loop: wake three machines, drain 60 jobs, stop",
 }

@@ -17,6 +17,7 @@ from . import target as targets
 from .errors import UsageError
 
 __all__ = [
+    "ADDRESSES",
     "ERROR",
     "RULES",
     "WARNING",
@@ -50,6 +51,8 @@ MAX_KILL_TIMEOUT_S = 300.0
 # A hard limit so little above the soft one makes the proxy route requests again and again.
 HARD_LIMIT_ROOM = 10
 METRICS_PATH = "/_worker/metrics"
+# What rules look at that only a deployed app has.
+ADDRESSES = "the app's addresses"
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP")
 SHELLS = ("sh", "bash", "dash", "ash", "zsh")
@@ -144,6 +147,7 @@ class Deployment:
     image: Image | None = None
     queue: Queue | None = None
     queue_settings: tuple[tuple[str, Mapping[str, str]], ...] = ()  # (place, setting, value, risk and remedy)
+    addresses: tuple[str, ...] | None = None  # of the app, where it is deployed; None: not looked at
     complaints: tuple[tuple[str, str], ...] = ()
 
     def key(self, name: str) -> str:
@@ -191,11 +195,12 @@ class Rule:
 RULES: list[Rule] = []
 
 
-def findings(deployment: Deployment) -> list[Finding]:
-    """Hold one deployment against every rule."""
+def findings(deployment: Deployment, *, about: str | None = None) -> list[Finding]:
+    """Hold one deployment against every rule, or those that look at what it is *about*."""
     return [
         Finding(rule.name, rule.severity, at if ":" in at else deployment.where(at), rule.says.format_map(facts))
         for rule in RULES
+        if about in (None, rule.looks_at)
         for at, facts in rule.find(deployment)
     ]
 
@@ -397,6 +402,32 @@ def _hard_limit_close(d: Deployment) -> Finds:
         soft = service.soft_limit or 1
         if service.hard_limit is not None and soft < service.hard_limit < soft + HARD_LIMIT_ROOM:
             yield f"{service.path}.concurrency.hard_limit", {"hard": service.hard_limit}
+
+
+@_rule(
+    "no-private-address",
+    ERROR,
+    ADDRESSES,
+    "0.3, 4 networking/flycast",
+    "the app has no private address, so no wake gets to the proxy: fly ips allocate-v6 --private",
+)
+def _no_private_address(d: Deployment) -> Finds:
+    if d.addresses is not None and not any(_is_private(address) for address in d.addresses):
+        yield ADDRESSES, {}
+
+
+@_rule(
+    "public-address",
+    WARNING,
+    ADDRESSES,
+    "4 networking/flycast, 11.20 manavgup/wikimind issue 831",
+    "{address} is public: whoever finds it wakes machines, bots too; release it (fly ips release {address}), or set "
+    "WORKER_TOKENS",
+)
+def _public_address(d: Deployment) -> Finds:
+    for address in d.addresses or ():
+        if not _is_private(address):
+            yield ADDRESSES, {"address": address}
 
 
 @_rule(
@@ -853,6 +884,10 @@ def _exec_form(script: str | None) -> str:
 
 def _is_official_python(base: str) -> bool:
     return re.fullmatch(r"(?:docker\.io/)?(?:library/)?python(?::[^/]*)?(?:@.*)?", base) is not None
+
+
+def _is_private(address: str) -> bool:
+    return address.lower().startswith("fdaa:")
 
 
 def _inside(path: str, folder: str) -> bool:

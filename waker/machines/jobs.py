@@ -35,6 +35,7 @@ __all__ = [
     "JobOptions",
     "JobResult",
     "Progress",
+    "image_of",
     "run",
     "run_async",
     "submit",
@@ -348,7 +349,7 @@ class _Run:
     # There
 
     async def _run_there(self, api: AsyncMachines) -> JobResult:
-        self._config["image"] = self._image or settings.own_image(api.app) or await _image_of(api)
+        self._config["image"] = self._image or settings.own_image(api.app) or await image_of(api)
         self._config["metadata"] = shapes.metadata({JOB: self.name, OWNER: settings.owner(), UNTIL: self._until()})
         self._see("creating")
         creating = asyncio.ensure_future(api.create_once(self._config, name=self.name, region=self._region))
@@ -508,7 +509,7 @@ class _Run:
             self._tell(Progress(self.machine_id, state, elapsed_s))
 
 
-async def _image_of(api: AsyncMachines) -> str:
+async def image_of(api: AsyncMachines) -> str:
     """The image that the app itself runs: that of its youngest machine that is no job's."""
     own = [machine for machine in await api.list() if machine.image and JOB not in machine.metadata]
     if not own:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 
-__all__ = ["command", "environment", "files", "guest", "metadata", "mounts", "seconds", "size_mb"]
+__all__ = ["command", "environment", "files", "guest", "metadata", "mounts", "name", "seconds", "size_mb"]
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZES = {"": 1, "m": 1, "mb": 1, "mib": 1, "g": 1024, "gb": 1024, "gib": 1024}
@@ -126,6 +126,13 @@ def mounts(said: Mapping[str, str] | None) -> list[dict[str, Any]]:
     if len(made) > 1:
         raise UsageError(f"mounts: {len(made)} volumes; the platform gives a machine one")
     return made
+
+
+def name(text: str, what: str = "a name") -> str:
+    """A name for machines: short, lower case, with digits and dashes."""
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?", text):
+        raise UsageError(f"{what} {text!r}: expected lower-case letters, digits and dashes, like nightly-report")
+    return text
 
 
 def metadata(pairs: Mapping[str, str]) -> dict[str, str]:
