@@ -183,6 +183,43 @@ def run(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+def api(environment, method, path, body=None):
+    """A request by what was printed alone."""
+    request = urllib.request.Request(  # noqa: S310 - our own address
+        f"{environment['FLY_FLAPS_BASE_URL']}/v1/apps/{environment['FLY_APP_NAME']}{path}",
+        method=method,
+        headers={"authorization": f"Bearer {environment['FLY_API_TOKEN']}"},
+        data=None if body is None else json.dumps(body).encode(),
+    )
+    with urllib.request.urlopen(request, timeout=70) as answer:  # noqa: S310
+        return json.loads(answer.read())
+
+
+def test_the_printed_environment_points_any_client_at_the_api_and_the_proxy(emulate):
+    running = emulate(
+        "--machines", 0, "--app", "jobs", "--knob", "time_scale=0.02", "--image", "shell=sh -c 'echo ran; exit 3'"
+    )
+    running.wait_for("Ctrl-C")
+    lines = [line.split() for line in running.out if line.strip().startswith("export ")]
+    environment = dict(line[1].split("=", 1) for line in lines)
+    assert set(environment) == {"FLY_APP_NAME", "FLY_API_TOKEN", "FLY_FLAPS_BASE_URL", "WAKER_TARGET"}
+    machine = api(environment, "POST", "/machines", {"config": {"image": "shell", "restart": {"policy": "no"}}})
+    running.wait_for(rf"^{machine['id']} \| ran", running.err)
+    assert api(environment, "GET", f"/machines/{machine['id']}/wait?state=stopped")["ok"] is True
+    events = api(environment, "GET", f"/machines/{machine['id']}")["events"]
+    assert events[0]["request"]["exit_event"]["exit_code"] == 3
+    assert running.end(signal.SIGINT) == 0
+
+
+def test_json_begins_with_the_environment(emulate):
+    running = emulate("--machines", 1, "--json", "--", "sleep", "600")
+    line = running.wait_for(r"^.*environment.*$")[0]
+    environment = json.loads(line)
+    assert environment["type"] == "environment"
+    assert [machine["state"] for machine in api(environment, "GET", "/machines")] == ["stopped"]
+    assert running.end(signal.SIGINT) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,4 +1,4 @@
-"""The platform on this machine: proxy, machines, faults, one clock and one log.
+"""The platform on this machine: proxy, Machines API, machines, faults, one clock and one log.
 
 It follows Fly's documentation and what others have observed. Where sources disagree or say nothing, a knob chooses, and
 the default is the less kind reading. What it cannot do it answers with 501, and says so. If it disagrees with the

@@ -243,12 +243,12 @@ class Cloud:
         world = self._world
         if name is not None and (twin := self._named(app, name)) is not None:
             raise NameTakenError(f'unique machine name violation, machine ID {twin} already exists with name "{name}"')
-        self.understand(config)  # refuse before anything is registered
+        understood = self.understand(config)  # refuse before anything is registered
         index = self._made
         machine_id = f"e{self._family}{0x8000 + 17 * (index + 1) & 0xFFFF:04x}"
         if machine_id in self.machines:
             raise TakenError("this platform has had as many machines as it has names for")
-        volumes = self._attach(app, self.understand(config), region, machine_id)
+        volumes = self._attach(app, understood, region, machine_id)
         claim, port = None, VIRTUAL_PORT
         if not self._virtual:
             claim = PortClaim(self._first_port + index)
@@ -256,8 +256,8 @@ class Cloud:
         if own_port:
             for service in config["services"]:
                 service["internal_port"] = port
+            understood = self.understand(config)
         self._made += 1
-        understood = self.understand(config)
         private_ip = f"fdaa:0:6ba9:a7b:{index + 1:x}::2" if self._virtual else address_of(index)
         version = self._version()
         build = self._build(app, machine_id, index, region, config, understood, version, port, private_ip, volumes)
