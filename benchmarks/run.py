@@ -81,10 +81,24 @@ def queue_rows(found: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def job_rows(found: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for what, one in found.items():
+        late = dict(one["late_ms"])
+        ours = late.pop("ours")
+        rows.append({
+            "what": what, "ours": f"{_number(ours)} ms, {_number(one['at_most_ms']['ours'])} ms at most",
+            "beside it": [f"{name} {_number(ms)} ms" for name, ms in late.items()],
+            "ratio": f"{one['ratio']}× sooner", "target": f"≤ {one['target_ms']} ms", "met": one["reached"],
+        })  # fmt: skip
+    return rows
+
+
 BENCHMARKS: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
     "machine": machine_rows,
     "wake": wake_rows,
     "sqlite_queue": queue_rows,
+    "jobs": job_rows,
 }
 
 

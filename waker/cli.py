@@ -13,7 +13,7 @@ __all__ = ["main"]
 VERBS = {
     "wake": "wake stopped machines and report which answered",
     "watch": "wake for a backlog and for due times, as a safety net beside the nudges",
-    "jobs": "look at the embedded queue's jobs; retry or purge dead ones",
+    "jobs": "look at the embedded queue's jobs; retry or purge dead ones; reap what one-off jobs left",
     "run": "run a command on a machine of its own and end with its exit code",
     "schedule": "scheduled machines whose starts are spread over the interval",
     "machines": "list an app's machines, and how their last runs ended",

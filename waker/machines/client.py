@@ -65,8 +65,6 @@ class Pacer:
         self._speed = speed
         self._buckets: dict[tuple[str, ...], Bucket] = {}  # guarded by the lock
         self._lock = threading.Lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget_in_child)
 
     def reserve(self, where: str, call: Call, now: float) -> float:
         """Take a turn for *call*; how long to wait for it."""
@@ -92,14 +90,15 @@ class Pacer:
             self._buckets[key] = Bucket(Limit(limit.per_s * self._speed, limit.burst))
         return self._buckets[key]
 
-    def _forget_in_child(self) -> None:
-        # Another thread may have held the lock; and the child's turns are its own.
+    def forget(self) -> None:
+        """Start anew, in a child after a fork: another thread may have held the lock, and its turns are its own."""
         self._lock = threading.Lock()
         self._buckets = {}
 
 
 # One for the process: several clients and threads are one caller to the platform.
 _PACER = Pacer()
+os.register_at_fork(after_in_child=_PACER.forget)
 
 
 class AsyncMachines:

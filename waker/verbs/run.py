@@ -57,6 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Run it; print where it is, and how it ended."""
     from ..errors import UsageError
+    from ..machines import config as settings
     from ..machines import jobs, shapes
     from ..machines.errors import JobUnknown, MachinesError
 
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise UsageError("no command: write it after --, like: waker run -- curl https://example.com")
     # A stop of ours is a stop of the job's, as Ctrl-C is: its machine is deleted.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    show = _Show(quiet=args.json or bool(args.local))
+    local = settings.runs_locally(args.local, environ)
+    options["local"] = local
+    show = _Show(quiet=args.json or local)
     try:
         with show:
             options["on_progress"] = show.see
