@@ -22,6 +22,7 @@ class Library(NamedTuple):
 
 
 LIBRARIES = (
+    Library("streaq", "streaq_app", "streaq", "redis", back_here=True),
     Library("rq", "rq_app", "rq", "redis", back_here=True),
     Library("rq-simple", "rq_simple_app", "rq", "redis", back_s=None, back_here=True, short=False),
     Library("celery-redis", "celery_app", "celery", "redis", back_s=60, back_here=True),

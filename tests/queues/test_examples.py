@@ -28,6 +28,14 @@ class Example(NamedTuple):
 
 EXAMPLES = (
     Example(
+        "streaq",
+        "streaq",
+        "redis",
+        "tasks:worker",
+        {"REDIS_URL": "{url}"},
+        order="import asyncio, tasks; asyncio.run(tasks.order('you'))",
+    ),
+    Example(
         "taskiq",
         "taskiq",
         "redis",

@@ -37,6 +37,7 @@ class Library(NamedTuple):
 # The name of a library is that of its module here, and of its drain.
 LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
+    "streaq": Library(("streaq.worker.Worker",), "streaq", ("streaq", "coredis")),
     "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
     "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
     "taskiq": Library(
