@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 BIN = os.path.dirname(sys.executable)
 PATIENCE_S = 60.0
+# On a machine that is shared a stop takes longer than the five seconds that Fly gives.
+PATIENT = {"WORKER_STOP_TIMEOUT_S": "30"}
 
 
 def free_port() -> int:
@@ -137,7 +139,13 @@ class Machine(Process):
     def __init__(self, *arguments: str, env: Mapping[str, str] | None = None, cwd: str | None = None, folder: str = BIN,
                  port: int | None = None, preexec: Callable[[], object] | None = None) -> None:  # fmt: skip
         self.port = port or free_port()
-        environ = {"WORKER_PORT": str(self.port), "WORKER_GREET_S": "0", "WORKER_LINGER_S": "0", **(env or {})}
+        environ = {
+            "WORKER_PORT": str(self.port),
+            "WORKER_GREET_S": "0",
+            "WORKER_LINGER_S": "0",
+            **PATIENT,
+            **(env or {}),
+        }
         super().__init__([f"{folder}/worker", "up", *arguments], env=environ, cwd=cwd, preexec=preexec)
 
     def ask(self, path: str = "/", **options) -> Answer:

@@ -166,6 +166,7 @@ FIRES = {
         (docker("WORKDIR", "ENV WAKER_TOKEN abc\nWORKDIR"), "ENV WAKER_TOKEN"),
     ],
     "waker-target": [(fly("[env]", '[env]\nWAKER_TARGET = "http://my-worker.internal"'), "WAKER_TARGET")],
+    "worker-baton": [(fly("[env]", '[env]\nWORKER_BATON = "http://my-worker.internal"'), "WORKER_BATON")],
     "baton-off": [(fly("[env]", '[env]\nWORKER_BATON = "off"'), "WORKER_BATON")],
     "hold-zero": [(fly("[env]", '[env]\nWORKER_HOLD_S = "0"'), "WORKER_HOLD_S")],
     "greet-zero": [(fly("[env]", '[env]\nWORKER_GREET_S = "0.0"'), "WORKER_GREET_S")],

@@ -131,6 +131,18 @@ async def test_reserved_paths_never_ring(house):
         assert h.listener.door.rung == 0
 
 
+async def test_a_typing_error_in_a_reserved_path_does_not_ring(house):
+    """Rule 7: one slash too many in a scraper's configuration would keep a machine up for ever."""
+    async with house() as h:
+        await h.drainer()
+        assert (await h.ask("/_worker/status/"))[0] == 200
+        assert (await h.ask("//_worker/metrics"))[0] == 200
+        status, _, text = await h.ask("/_worker/healthz")
+        assert status == 404
+        assert "/_worker/health" in text
+        assert h.listener.door.rung == 0
+
+
 async def test_a_wake_before_a_drainer_is_attached_is_held_until_then(house):
     """Rule 4: a 200 means that user code is imported and somebody reads the queue."""
     async with house() as h:

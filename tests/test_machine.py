@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from harness import BIN, ask, cmdline, free_port, session_pids, until
@@ -133,6 +134,16 @@ def test_a_listener_that_dies_is_restarted_and_does_not_colour_the_code(machines
     assert machine.wait() == 3
 
 
+def test_a_listener_that_dies_later_is_restarted_too(machines):
+    """Supervisor counts it as started after a second; then another path starts it again."""
+    machine = machines("--", "sleep", "60")
+    machine.saw("drainer.attached")
+    time.sleep(1.5)  # not a synchronisation: what is looked at begins a second after the start
+    os.kill(machine.pid_of("listener"), signal.SIGKILL)
+    machine.saw("drainer.attached", times=2)
+    assert machine.ask().status == 200
+
+
 def test_a_listener_that_cannot_start_ends_the_machine_with_a_code_and_a_reason(machines, tmp_path):
     """It does not run on deaf."""
     (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'listen' in sys.orig_argv: os._exit(9)")
@@ -154,6 +165,42 @@ def test_a_listener_that_keeps_dying_ends_the_machine(machines):
               "the machine ends or has another listener")  # fmt: skip
     assert machine.wait() != 0
     assert "machine.gave_up" in machine.text()
+
+
+def test_a_killed_parent_takes_drainer_and_command_with_it(machines):
+    """Or they would spoil the next run of the machine on this host."""
+    machine = machines("--", "sleep", "60")
+    machine.saw("drainer.attached")
+    os.kill(machine.pid, signal.SIGKILL)
+    until(lambda: not session_pids(machine.pid), "everything the machine started has ended")
+
+
+def test_a_socket_path_that_is_a_file_is_refused_and_the_file_stays(machines, tmp_path):
+    """And so is one that another worker uses."""
+    precious = tmp_path / "precious.txt"
+    precious.write_text("keep")
+    machine = machines("--", "true", env={"WORKER_SOCKET": str(precious)})
+    assert machine.wait() == 2
+    assert str(precious) in machine.text()
+    assert precious.read_text() == "keep"
+    first = machines("--", "sleep", "60", env={"WORKER_SOCKET": str(tmp_path / "door")})
+    first.saw("drainer.attached")
+    second = machines("--", "true", env={"WORKER_SOCKET": str(tmp_path / "door")})
+    assert second.wait() == 2
+    assert "another worker uses it" in second.text()
+    assert first.ask().status == 200
+
+
+@pytest.mark.parametrize("rang", [False, True])
+def test_a_command_that_ends_with_0_on_a_stop_is_not_taken_for_a_whole_pass(machines, rang):
+    """Its code is its own, unless a wake was answered that no whole pass has kept."""
+    machine = machines("--", "sh", "-c", "trap 'exit 0' TERM; echo began; while :; do sleep 0.05; done")
+    machine.saw("began")
+    machine.saw("drainer.attached")
+    if rang:
+        assert machine.ask().status == 200
+    machine.signal(signal.SIGTERM)
+    assert machine.wait() == (75 if rang else 0)
 
 
 @pytest.mark.parametrize("program", ["listener", "drainer", "parent"])
@@ -196,6 +243,22 @@ def test_a_wrong_token_is_not_shown_in_the_error(machines):
     assert machine.wait() == 2
     assert "WORKER_TOKENS=(not shown)" in machine.text()
     assert "ecret" not in machine.text()
+
+
+@pytest.mark.parametrize("tokens", [" , ", ","])
+def test_tokens_without_a_token_do_not_open_the_door_to_everybody(machines, tokens):
+    """Set, and empty: that is a mistake, and not the wish for no token at all."""
+    machine = machines("--", "true", env={"WORKER_TOKENS": tokens})
+    assert machine.wait() == 2
+    assert "WORKER_TOKENS" in machine.text()
+
+
+def test_an_empty_argument_is_an_error_and_not_the_default(machines):
+    """A variable in a script that was not set."""
+    machine = machines("--port", "", "--linger-s", "", "--", "true")
+    assert machine.wait() == 2
+    assert "--port=''" in machine.text()
+    assert "--linger-s=''" in machine.text()
 
 
 def test_a_port_in_use_is_a_sentence(machines):

@@ -554,3 +554,23 @@ print(queue.counts())
         "ran 2",
     ], said.stdout + said.stderr
     assert os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["SystemExit(3)", "KeyboardInterrupt()"])
+@pytest.mark.parametrize("word", ["def", "async def"])
+def test_a_job_that_wants_to_end_its_worker_has_failed_and_what_is_behind_it_runs(machines, tmp_path, kind, word):
+    """Sync and async: `sys.exit()` in a job, or a library that raises KeyboardInterrupt."""
+    (tmp_path / "leaver.py").write_text(
+        "from waker import SqliteQueue\n"
+        "queue = SqliteQueue('jobs.db', durability='process', backoff_s=0)\n"
+        f"@queue.task(retries=0)\n{word} leave():\n    raise {kind}\n"
+        "@queue.task\ndef behind():\n    print('behind ran', flush=True)\n"
+    )
+    with SqliteQueue(tmp_path / "jobs.db", durability="process") as queue:
+        queue.task(name="leaver:leave", retries=0)(lambda: None).enqueue()
+        queue.task(name="leaver:behind")(lambda: None).enqueue()
+        machine = machines("leaver:queue")
+        assert machine.wait() == 0, machine.text()
+        assert "behind ran" in machine.text()
+        [dead] = queue.jobs("dead")
+        assert dead.task == "leaver:leave"

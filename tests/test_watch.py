@@ -300,7 +300,7 @@ def test_the_verb_ends_with_0_on_a_signal(number: signal.Signals, tmp_path: Path
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("tasks:other", "no queue that can be watched"),
+        ("tasks:other", "cannot be watched"),
         ("tasks:nothing", "has no 'nothing'"),
         ("nowhere:q", "no module"),
     ],

@@ -751,6 +751,16 @@ def _waker_target(d: Deployment) -> Finds:
             yield value.at, {"error": error}
 
 
+@_rule("worker-baton", ERROR, "env: WORKER_BATON", "0.3, 4 networking/private-networking", "WORKER_BATON: {error}")
+def _worker_baton(d: Deployment) -> Finds:
+    value = d.env.get("WORKER_BATON")
+    if value is not None and value.text != "off":
+        try:
+            targets.parse(value.text)
+        except UsageError as error:
+            yield value.at, {"error": error}
+
+
 @_rule(
     "baton-off",
     WARNING,

@@ -7,6 +7,7 @@ starts a slot for each job it can claim, and a slot goes on claiming by itself u
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -242,9 +243,9 @@ class Shift:
         try:
             args, kwargs = json.loads(claim.payload)
             self._call(task, args, kwargs)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # SystemExit and CancelledError too: a job ends itself, not its worker
+            if isinstance(error, KeyboardInterrupt) and _ctrl_c_raises():
+                raise
             return self._failed(claim, error, task.backoff_s)
         return Ended(claim)
 
@@ -364,12 +365,24 @@ class EventLoop:
         self._loop.close()
 
 
+class JobExited(Exception):  # noqa: N818 - what happened
+    """An async job ended with SystemExit or KeyboardInterrupt, which would end the event loop of all of them."""
+
+
+def _ctrl_c_raises() -> bool:
+    """Whether a KeyboardInterrupt here may be a person's: somebody runs `work` by hand. Otherwise a job raised it."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 async def _bounded(awaitable: Any, timeout_s: float | None) -> None:
     import asyncio
 
     try:
         async with asyncio.timeout(timeout_s) as limit:
             await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise JobExited(repr(error)) from error
     except TimeoutError:
         if limit.expired():
             raise TimeoutError(f"ran longer than its timeout_s of {timeout_s:g}") from None

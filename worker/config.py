@@ -116,7 +116,7 @@ def _positive(text: str) -> float:
 
 def _tokens(text: str) -> tuple[str, ...]:
     tokens = tuple(text.replace(",", " ").split())
-    if any(not token.isascii() or not token.isprintable() for token in tokens):
+    if not tokens or any(not token.isascii() or not token.isprintable() for token in tokens):
         raise ValueError("not printable ASCII")
     return tokens
 
@@ -182,10 +182,8 @@ def from_environ(environ: Mapping[str, str], overrides: Mapping[str, str] | None
         text = (overrides or {}).get(setting.field)
         shown = setting.flag if text is not None else setting.name
         if text is None:
-            text = environ.get(setting.name, "")
-        if text == "":
-            text = setting.default
-        if text == "":
+            text = environ.get(setting.name) or setting.default
+        if text == "" and shown == setting.name:
             values[setting.field] = ()
             continue
         try:

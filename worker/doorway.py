@@ -250,7 +250,7 @@ class Line:
             self._attached.set()
             self._news.set()
         elif line.startswith("refused"):
-            raise LineLostError(f"the listener {line}")
+            raise LineLostError(line.replace("refused", "the listener refused:", 1))
         elif line.startswith("!ring"):
             self._tell()  # first: how busy we are as the wake arrives, not with the work that it brings
             self._news.set()

@@ -23,7 +23,7 @@ from .door import Token
 from .doorway import Left, Line, LineLostError, Wait
 from .drains import NAMES, Backlog, Drain, Options, Pulse, UnknownQueue, command, drain_for, install_hint
 from .log import log
-from .sockets import let_signals_in
+from .sockets import LIFELINE, let_signals_in
 
 __all__ = ["EXIT_JOBS_LEFT", "Drainer", "drain"]
 
@@ -103,8 +103,10 @@ class Drainer:
             if backlog is None and not self._stop.is_set():
                 self._work(None)
                 if self._stop.is_set():
-                    # The command was interrupted; what it left, nobody knows. Its exit code is its own, and was 0.
-                    return self._hand_over("whatever is left", 0)
+                    # The command was interrupted; what it left, nobody knows. Its exit code is its own, and was 0; but
+                    # a wake that was answered is promised a whole pass, or another code.
+                    rung = self._line.look() != (covered or Token(token.boot, 0))
+                    return self._hand_over("whatever is left", EXIT_JOBS_LEFT if rung else 0)
                 covered = token
             elif backlog is None and token != covered:
                 return self._hand_over("whatever is left", EXIT_JOBS_LEFT)
@@ -249,6 +251,9 @@ def drain(
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: line.signalled())
     let_signals_in()
+    if config.under_parent:
+        os.set_inheritable(LIFELINE, False)
+        threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
     line.start()
     # Nudges from inside a drainer to the queue that it drains do nothing: its next reading sees the job.
     own = [config.app, f"http://{config.app}.flycast"] if config.app else []
@@ -296,6 +301,13 @@ def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse, opt
     except refused as error:
         raise LoadError(f"{target!r} cannot be drained: {error}") from error
     return made
+
+
+def _end_with_parent() -> None:
+    """The VM ends with the machine's main process; elsewhere this does, so that no job runs on beside the next machine."""
+    os.read(LIFELINE, 1)
+    log("drainer.orphaned", parent="gone")
+    os.killpg(0, signal.SIGKILL)
 
 
 def _leave(code: int) -> NoReturn:

@@ -43,6 +43,8 @@ RETRY_AFTER_S = "1"
 
 EXIT_DRAINER_LOST = 75
 
+# Nothing below it rings: a typing error in a scraper's path must not keep a machine up.
+_RESERVED = "_worker"
 _STATUS, _METRICS, _HEALTH = "/_worker/status", "/_worker/metrics", "/_worker/health"
 
 
@@ -128,7 +130,7 @@ class Listener:
             self.refused["token"] += 1
             return web.Response(status=401, text="this worker wants a token: Authorization: Bearer …\n",
                                 headers={hdrs.WWW_AUTHENTICATE: "Bearer"})  # fmt: skip
-        path = request.rel_url.raw_path
+        path = "/" + request.rel_url.raw_path.strip("/")
         if path == _STATUS:
             return web.json_response(self._status())
         if path == _METRICS:
@@ -136,6 +138,8 @@ class Listener:
         if path == _HEALTH:
             healthy = self.drainer is not None
             return web.Response(status=200 if healthy else 503, text="ready\n" if healthy else "no drainer yet\n")
+        if path.split("/")[1] == _RESERVED:
+            return web.Response(status=404, text=f"there are {_STATUS}, {_METRICS} and {_HEALTH}; this did not wake\n")
         return await self._wake(request)
 
     def _authorized(self, request: web.BaseRequest) -> bool:

@@ -30,7 +30,7 @@ from supervisor.supervisord import Supervisor
 from .baton import EXIT_PASS_IT_ON, pass_on
 from .config import CHECKED, Config, to_environ
 from .log import log
-from .sockets import STOP_SIGNALS, Signals, bind_doorway, let_signals_in
+from .sockets import LIFELINE, STOP_SIGNALS, Signals, bind_doorway, let_signals_in
 
 __all__ = ["up"]
 
@@ -48,7 +48,8 @@ LISTENER_DEATHS_S = 30.0
 # Kept of the stop timeout for our own end, when it is us who pass the baton.
 LEAVE_MARGIN_S = 0.3
 
-TIMED_STATES = (ProcessStates.STARTING, ProcessStates.STOPPING, ProcessStates.BACKOFF)
+# In EXITED, too: the loop that reaps a program has gone past the step that starts it again.
+TIMED_STATES = (ProcessStates.STARTING, ProcessStates.STOPPING, ProcessStates.BACKOFF, ProcessStates.EXITED)
 
 _ENTRY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "_wake_on_request.py")
 
@@ -115,12 +116,14 @@ class _Program(Subprocess):  # type: ignore[misc]
         return self.config.command[0], self.config.command
 
     def _prepare_child_fds(self) -> None:
-        # The listener's stdin is a pipe from us: its end tells that we are gone. Its sockets are inherited by number.
+        # A pipe from us, whose end tells that we are gone: the listener's stdin, and the drainer's LIFELINE, for its
+        # stdin is the user's. The listener's sockets are inherited by number.
         if self.config.inherited:
             os.dup2(self.pipes["child_stdin"], 0)
             for fd in self.config.inherited:
                 os.set_inheritable(fd, True)
         else:
+            os.dup2(self.pipes["child_stdin"], LIFELINE)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def drainer_ended(self) -> None:
@@ -187,6 +190,7 @@ class _Machine(Supervisor):  # type: ignore[misc]
         self.gave_up = ""
         self._listener_deaths: list[float] = []
         events.subscribe(events.ProcessStateExitedEvent, self._exited)
+        events.subscribe(events.ProcessStateBackoffEvent, self._exited)
         events.subscribe(events.ProcessStateFatalEvent, self._fatal)
 
     def supervise(self, programs: list[_ProgramConfig]) -> None:

@@ -1,12 +1,16 @@
 """The two sockets of a machine, and the stop signals: what has to be there before anything heavy is imported."""
 
+import errno
 import os
 import signal
 import socket
+import stat
 
-__all__ = ["STOP_SIGNALS", "Signals", "bind", "bind_doorway", "let_signals_in"]
+__all__ = ["LIFELINE", "STOP_SIGNALS", "Signals", "bind", "bind_doorway", "let_signals_in"]
 
 BACKLOG = 1024
+# The drainer's end of a pipe from its parent: nothing is ever written, and its end is the end of the machine.
+LIFELINE = 3
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
@@ -45,10 +49,18 @@ def bind(port: int) -> socket.socket:
 
 
 def bind_doorway(path: str) -> socket.socket:
-    """Bind the unix socket between listener and drainer, in a folder that only we can enter. Raises OSError."""
+    """Bind the unix socket between listener and drainer, in a folder that only we can enter.
+
+    What an earlier run left is replaced; a socket that somebody listens on, or another file, is not. Raises OSError.
+    """
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "it is a file, and no socket of ours", path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(path) == 0:
+                raise OSError(errno.EADDRINUSE, "another worker uses it", path)
         os.unlink(path)
     except FileNotFoundError:
         pass

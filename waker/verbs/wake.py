@@ -42,6 +42,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         found, busy = "cold" if machine.cold else "up", "yes" if machine.busy else "no"
         print(f"{machine.id:<16} {found:<6} {busy:<5} {machine.elapsed_s:.3f}")
     missing = f", {report.missing} missing" if report.missing else ""
+    if report.missing and any(machine.busy for machine in report.machines):
+        missing += "; a busy one does not count, but it does read its queue after this wake"
     rounds = f"{report.rounds} round{'s' * (report.rounds != 1)}"
     print(f"{report.distinct} of {report.requested} machines in {report.elapsed_s:.3f} s, {rounds}{missing}")
     return 0

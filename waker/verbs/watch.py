@@ -66,7 +66,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 class _Signalled:
-    """A stop that signals set. An Event has a lock, and a handler must not wait for the code it interrupts."""
+    """A stop that signals set; a second one ends the wake that is under way. An Event has a lock, and a handler must not
+    wait for the code it interrupts."""
 
     def __init__(self, *numbers: signal.Signals) -> None:
         self._reading, writing = os.pipe()
@@ -74,7 +75,12 @@ class _Signalled:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self._numbers: list[int] = []
         for number in numbers:
-            signal.signal(number, lambda number, _: self._numbers.append(number))
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self._numbers:
+            raise KeyboardInterrupt  # asked twice: a wake under way is given up
+        self._numbers.append(number)
 
     def is_set(self) -> bool:
         return bool(self._numbers)
