@@ -414,7 +414,7 @@ def test_a_job_is_at_once_a_handle(machines, caplog):
     with pytest.raises(TimeoutError):
         job.wait(0.001)
     assert job.wait(30).timed_out
-    assert f"job.timed_out name={job.name} machine={job.machine}" in caplog.text
+    assert f"run.timed_out name={job.name} machine={job.machine}" in caplog.text
 
 
 def command(processes, platform, *arguments, **env):

@@ -73,6 +73,7 @@ EVENTS = {
     "machine.left": "the last line of a machine: its exit code, and how long it was up",
     "listener.left": "without a parent: no drainer came",
     "listener.died": "it is started again",
+    "drainer.orphaned": "`worker up` is gone, so the drainer ends too: no job runs on beside the next machine",
     "machine.gave_up": "the listener cannot be kept running, so the machine ends with a code that is not 0",
     "drainer.not_started": "the target cannot be loaded",
     "drainer.killed": "it hung, or was still there long after it left",
@@ -98,6 +99,11 @@ EVENTS = {
     "watch.reading_failed": "the backlog cannot be read",
     "waker.file_limit_raised": "a fan-out needs more open files",
     "waker.fan_out_limited": "and there are no more: it sends fewer wakes at once",
+    "machines.asked_again": "the Machines API refused for now (412, 409, 429, 5xx); the call asks again",
+    "machines.create_lost": "a create was not answered; the machine is looked up by its name before anything is repeated",
+    "job.timed_out": "a one-off job ran past its `timeout_s`: its machine is stopped, and kept",
+    "job.machine_left": "a one-off job is over, but its machine could not be deleted; `waker jobs reap` does it",
+    "job.abandoned": "whoever waited for a one-off job gave up; its machine goes on, and says whose it is",
 }
 
 # What matters to a user of what the sources leave open; the rest is in the table of all knobs.
@@ -113,6 +119,10 @@ UNKNOWN_KNOBS = (
     "default_kill_signal",
     "after_kill_timeout",
     "process_failure",
+    "start_when_started",
+    "exit_event_in",
+    "exited_at",
+    "autostop_in_answers",
 )
 
 

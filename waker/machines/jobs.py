@@ -319,7 +319,7 @@ class _Run:
                     await self._api.aclose()
         except MachinesError as error:
             self._see("unknown" if isinstance(error, JobUnknown) else "not run")
-            log.warning("job.failed name=%s machine=%s error=%s", self.name, self.machine_id or "-", error)
+            log.warning("run.failed name=%s machine=%s error=%s", self.name, self.machine_id or "-", error)
             raise
 
     # Here
@@ -425,7 +425,7 @@ class _Run:
 
     async def _time_out(self, api: AsyncMachines, machine: Machine) -> JobResult:
         """Stop it, say so, keep it."""
-        log.warning("job.timed_out name=%s machine=%s timeout_s=%s", self.name, machine.id, self._timeout_s)
+        log.warning("run.timed_out name=%s machine=%s timeout_s=%s", self.name, machine.id, self._timeout_s)
         self._see("stopping")
         try:
             await api.stop(machine.id, timeout_s=PATIENCE_S)
@@ -461,7 +461,7 @@ class _Run:
                 await api.delete(machine.id, force=True, timeout_s=DELETE_S)
                 kept = False
             except MachinesError as error:
-                log.warning("job.machine_left name=%s machine=%s error=%s", self.name, machine.id, error)
+                log.warning("run.machine_left name=%s machine=%s error=%s", self.name, machine.id, error)
         self._see(machine.state if kept else "deleted")
         launched = [event.at for event in machine.events if event.type == "launch" and event.at is not None]
         return JobResult(
@@ -489,10 +489,10 @@ class _Run:
                 await api.delete(machine.id, force=True)
                 self._see("deleted")
         except TimeoutError:
-            log.warning("job.abandoned name=%s machine=%s: `waker jobs reap` deletes it", self.name, self.machine_id)
+            log.warning("run.abandoned name=%s machine=%s: `waker jobs reap` deletes it", self.name, self.machine_id)
         except MachinesError as error:
             if self.machine_id or not creating.done() or creating.exception() is None:
-                log.warning("job.abandoned name=%s machine=%s error=%s", self.name, self.machine_id, error)
+                log.warning("run.abandoned name=%s machine=%s error=%s", self.name, self.machine_id, error)
 
     def _unknown(self, machine: Machine, why: str) -> JobUnknown:
         where = f"fly machine status {machine.id} --app {self._api.app}" if self._api else machine.id
@@ -503,7 +503,7 @@ class _Run:
             return
         self.state = state
         elapsed_s = _now() - self._began
-        log.info("job.%s name=%s machine=%s elapsed_s=%.2f", state.replace(" ", "_"), self.name,
+        log.info("run.%s name=%s machine=%s elapsed_s=%.2f", state.replace(" ", "_"), self.name,
                  self.machine_id or "-", elapsed_s)  # fmt: skip
         if self._tell is not None:
             self._tell(Progress(self.machine_id, state, elapsed_s))
