@@ -101,9 +101,10 @@ EVENTS = {
     "waker.fan_out_limited": "and there are no more: it sends fewer wakes at once",
     "machines.asked_again": "the Machines API refused for now (412, 409, 429, 5xx); the call asks again",
     "machines.create_lost": "a create was not answered; the machine is looked up by its name before anything is repeated",
-    "job.timed_out": "a one-off job ran past its `timeout_s`: its machine is stopped, and kept",
-    "job.machine_left": "a one-off job is over, but its machine could not be deleted; `waker jobs reap` does it",
-    "job.abandoned": "whoever waited for a one-off job gave up; its machine goes on, and says whose it is",
+    "run.failed": "a one-off job has not run, or nobody knows whether it has; `error=` says which",
+    "run.timed_out": "a one-off job ran past its `timeout_s`: its machine is stopped, and kept",
+    "run.machine_left": "a one-off job is over, but its machine could not be deleted; `waker jobs reap` does it",
+    "run.abandoned": "whoever waited for a one-off job gave up; its machine goes on, and says whose it is",
 }
 
 # What matters to a user of what the sources leave open; the rest is in the table of all knobs.
