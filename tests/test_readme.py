@@ -100,7 +100,7 @@ EVENTS = {
     "waker.file_limit_raised": "a fan-out needs more open files",
     "waker.fan_out_limited": "and there are no more: it sends fewer wakes at once",
     "machines.asked_again": "the Machines API refused for now (412, 409, 429, 5xx); the call asks again",
-    "machines.create_lost": "a create was not answered; the machine is looked up by its name before anything is repeated",
+    "machines.create_lost": "a create was not answered; its machine is looked up by name before it is repeated",
     "run.failed": "a one-off job has not run, or nobody knows whether it has; `error=` says which",
     "run.timed_out": "a one-off job ran past its `timeout_s`: its machine is stopped, and kept",
     "run.machine_left": "a one-off job is over, but its machine could not be deleted; `waker jobs reap` does it",
