@@ -583,10 +583,10 @@ class Api:
         }
 
     def _reached(self, machine: Machine, wanted: list[str], version: str | None, since: int) -> Stage | None:
-        """The newest stage since step *since* that was waited for; a transient state is none that settles."""
-        for stage in reversed(machine.stages):
+        """The first stage since step *since* that was waited for; a transient state is none that settles."""
+        for stage in machine.stages:
             if stage.number < since:
-                break
+                continue
             passing = stage.state is State.CREATED and (machine.due or machine.state is not State.CREATED)
             settled = stage.state in SETTLED and not passing
             if version in (None, stage.version) and (stage.state in wanted or (settled and "settled" in wanted)):
