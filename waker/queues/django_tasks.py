@@ -1,10 +1,10 @@
 """Django tasks in the database: what the table tells.
 
 django-tasks-db 0.13.0 was read, with django-tasks 0.12.0 on Django 5.2, and tried with Django 6.1's own `django.tasks`.
-Ready is what `DBTaskResult.objects.ready()` says, in the queues of one backend, and what a dead worker of ours holds. The library has no heartbeat: a row of a
-worker that was killed says RUNNING for ever. So a worker of ours has a name that tells whether it lives: on PostgreSQL
-it holds an advisory lock on that name for as long as its session lasts, on SQLite its process is on this host. Of a
-plain `db_worker` nobody can tell.
+Ready is what `DBTaskResult.objects.ready()` says, in the queues of one backend, and what a dead worker of ours holds.
+The library has no heartbeat: a row of a worker that was killed says RUNNING for ever. So a worker of ours has a name
+that tells whether it lives: on PostgreSQL it holds an advisory lock on that name for as long as its session lasts, on
+SQLite its process is on this host. Of a plain `db_worker` nobody can tell.
 """
 
 import os
