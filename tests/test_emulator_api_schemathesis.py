@@ -15,7 +15,7 @@ from waker.emulator.operations import EMULATED, ROWS
 pytestmark = pytest.mark.skipif(not documents.there(), reason=documents.MISSING)
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-FEW = 10
+FEW = 6
 FUZZED = sorted((name, method) for method, _, name in ROWS if name in EMULATED)
 # No budgets, waits of a second at most, and machines that are asked for are never launched: they are many.
 UNLIMITED = Knobs(
