@@ -117,6 +117,10 @@ class Server:
                     os.kill(pid, signal.SIGKILL)
             self.process.wait(10)
 
+    def close(self) -> None:
+        """No test needs it any more."""
+        self.kill()
+
     def freshen(self) -> str:
         """An empty place for one test; returns its URL."""
         raise NotImplementedError
@@ -176,6 +180,15 @@ class Rabbit(Server):
             "RABBITMQ_PID_FILE": f"{folder}/pid", "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
         }  # fmt: skip
+
+        # The nodes' name server would be left behind as a daemon; ours ends with us.
+        names = ["epmd", "-port", self.environ["ERL_EPMD_PORT"], "-address", "127.0.0.1"]
+        self.epmd = subprocess.Popen(names, start_new_session=True)
+
+    def close(self) -> None:
+        super().close()
+        self.epmd.kill()
+        self.epmd.wait(10)
 
     def command(self) -> list[str]:
         return [f"{self.HOME}/rabbitmq-server"]
@@ -382,7 +395,7 @@ def serving(kind: str, folder: str) -> Iterator[Server]:
         server.start()
         yield server
     finally:
-        server.kill()
+        server.close()
 
 
 def kill_machine(machine: Machine) -> None:
