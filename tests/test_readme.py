@@ -22,6 +22,7 @@ from harness import BIN
 from test_arrows import SOURCES
 
 from waker import protocol, rules
+from waker.queues import rows
 from waker.backlog import Backlog
 from waker.config import TIMEOUT_S
 from waker.demo.run import MachineRow, Plan, Result
@@ -291,6 +292,18 @@ def checks() -> str:
     return table(("rule", "", "looks at"), [(code(r.name), r.severity, r.looks_at) for r in order])
 
 
+def libraries() -> str:
+    head = (
+        "library",
+        "in the image",
+        "in the app",
+        "what survives a kill",
+        "what the watch sees",
+        "`worker check` warns of",
+    )
+    return table(head, [tuple(row) for row in rows()])
+
+
 def exit_codes() -> str:
     return table(("code", "meaning"), [("128+n" if number == 128 else str(number), CODES[number]) for number in CODES])
 
@@ -309,6 +322,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "knobs": knobs,
     "faults": faults,
     "rules": checks,
+    "libraries": libraries,
     "exit-codes": exit_codes,
     "events": events,
 }
@@ -436,7 +450,7 @@ def test_every_command_of_the_readme_is_understood() -> None:
     assert verbs >= {"worker up", "worker check", "waker wake", "waker watch", "waker jobs", "waker emulate"}
     for words in shown_commands:
         own = words[: words.index("--")] if "--" in words else words
-        depth = 3 if own[:2] == ["waker", "jobs"] else 2
+        depth = 3 if own[:2] in (["waker", "jobs"], ["waker", "fleet"], ["waker", "schedule"]) else 2
         verb = tuple(own[:depth])
         if verb not in helps:
             done = subprocess.run(
