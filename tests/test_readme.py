@@ -22,13 +22,13 @@ from harness import BIN
 from test_arrows import SOURCES
 
 from waker import protocol, rules
-from waker.queues import rows
 from waker.backlog import Backlog
 from waker.config import TIMEOUT_S
 from waker.demo.run import MachineRow, Plan, Result
 from waker.demo.show import Lines
 from waker.emulator import FAULTS, Knobs
 from waker.emulator.knobs import UNDOCUMENTED, shown
+from waker.queues import rows
 from worker.config import SETTINGS, from_environ
 from worker.door import Door
 from worker.doorway import Left, Rung
