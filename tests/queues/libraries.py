@@ -22,7 +22,6 @@ class Library(NamedTuple):
 
 
 LIBRARIES = (
-    Library("streaq", "streaq_app", "streaq", "redis", back_here=True),
     Library("rq", "rq_app", "rq", "redis", back_here=True),
     Library("rq-simple", "rq_simple_app", "rq", "redis", back_s=None, back_here=True, short=False),
     Library("celery-redis", "celery_app", "celery", "redis", back_s=60, back_here=True),
@@ -49,11 +48,13 @@ LIBRARIES = (
     Library("celery-rabbit", "celery_app", "celery", "rabbit", back_here=True, sees_delays=False),
     Library("django-postgres", "django_app", "django_tasks", "postgres", back_here=True, retries=False),
     Library("django-sqlite", "django_app", "django_tasks", "files", back_here=True, retries=False),
+    Library("streaq", "streaq_app", "streaq", "redis", back_here=True),
     Library("taskiq", "taskiq_app", "taskiq", "redis", back_here=True, back_s=60),
     Library("pgqueuer", "pgqueuer_app", "pgqueuer", "postgres", back_here=True),
     Library("procrastinate", "procrastinate_app", "procrastinate", "postgres", back_here=True),
     Library("dramatiq-redis", "dramatiq_app", "dramatiq", "redis", back_here=True),
     Library("dramatiq-rabbit", "dramatiq_app", "dramatiq", "rabbit", pins=("pika>=1",), back_here=True),
+    Library("arq", "arq_app", "arq", "redis", back_s=60, back_here=True),
     Library("huey-redis", "huey_app", "huey", "redis", back_s=60, back_here=True),
     Library("huey-sqlite", "huey_app", "huey", "files", back_s=60, back_here=True),
 )

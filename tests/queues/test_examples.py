@@ -28,6 +28,14 @@ class Example(NamedTuple):
 
 EXAMPLES = (
     Example(
+        "arq",
+        "arq",
+        "redis",
+        "tasks:WorkerSettings",
+        {"REDIS_URL": "{url}"},
+        order="import asyncio, tasks; asyncio.run(tasks.order('you'))",
+    ),
+    Example(
         "streaq",
         "streaq",
         "redis",
@@ -85,7 +93,7 @@ EXAMPLES = (
         "tasks:broker",
         {"REDIS_URL": "{url}"},
         order='import tasks; tasks.greet.send("you")',
-    ),  # fmt: skip
+    ),
     Example(
         "pgqueuer",
         "pgqueuer",

@@ -32,14 +32,15 @@ class Library(NamedTuple):
     modules: tuple[str, ...] = ()  # what the extra brings
     several: bool = False  # a list of such objects is one queue
     named: bool = False  # it has queues that are chosen by name
+    settings: tuple[str, ...] = ()  # a class that has one of these has the settings of its worker
 
 
 # The name of a library is that of its module here, and of its drain.
 LIBRARIES = {
     "sqlite": Library(("waker.sqlite_queue.SqliteQueue",)),
-    "streaq": Library(("streaq.worker.Worker",), "streaq", ("streaq", "coredis")),
     "rq": Library(("rq.queue.Queue", "rq.worker.base.BaseWorker"), "rq", ("rq", "redis"), several=True, named=True),
     "celery": Library(("celery.app.base.Celery",), "celery", ("celery", "kombu", "amqp", "redis"), named=True),
+    "streaq": Library(("streaq.worker.Worker",), "streaq", ("streaq", "coredis")),
     "taskiq": Library(
         (
             "taskiq_redis.redis_broker.RedisStreamBroker",
@@ -82,6 +83,7 @@ LIBRARIES = {
         named=True,
     ),
     "huey": Library(("huey.api.Huey", "huey.consumer.Consumer"), "huey", ("huey",)),
+    "arq": Library(("arq.worker.Worker", "arq.connections.ArqRedis"), "arq", ("arq",), settings=("functions",)),
 }
 KNOWN = {kind: name for name, library in LIBRARIES.items() for kind in library.kinds}
 
@@ -110,7 +112,7 @@ def name_of(queue: object, names: Sequence[str] = ()) -> tuple[str, str]:
     """The name of the library that *queue* is an object of, and ""; or "" and why it cannot be used.
 
     By its class, or the first base class that is known; for a list, by the classes of what is in it; for a factory, by
-    what it is annotated to return.
+    what it is annotated to return; for a class that holds settings, by their names.
     """
     if isinstance(queue, list | tuple) and queue:
         found = {name_of(one, names) for one in queue}
@@ -120,6 +122,8 @@ def name_of(queue: object, names: Sequence[str] = ()) -> tuple[str, str]:
         if name and not LIBRARIES[name].several:
             return "", f"it is a list, and {name} takes one object that knows all its queues"
         return name, why
+    if isinstance(queue, type) and (name := _set_by(queue)):
+        return name, ""
     for base in _classes(queue):
         name = KNOWN.get(f"{base.__module__}.{base.__qualname__}", "")
         if name and names and not LIBRARIES[name].named:
@@ -144,6 +148,12 @@ def _classes(queue: object) -> Iterator[type]:
     for one in made:
         if isinstance(one, type):
             yield from one.__mro__
+
+
+def _set_by(settings: type) -> str:
+    """The library whose settings the class *settings* has, or ""."""
+    has = vars(settings)
+    return next((name for name, library in LIBRARIES.items() if any(one in has for one in library.settings)), "")
 
 
 def probe_for(queue: object, names: Sequence[str] = ()) -> Callable[[], Backlog]:

@@ -43,7 +43,13 @@ class Drain:
             raise Refused(
                 "it has set signal handlers; make it with handle_signals=False, or name a class with settings"
             )
-        self.broker_errors: tuple[type[BaseException], ...] = (redis.ConnectionError, redis.TimeoutError, OSError)
+        # A connection that is lost while it watches a key is a WatchError.
+        self.broker_errors: tuple[type[BaseException], ...] = (
+            redis.ConnectionError,
+            redis.TimeoutError,
+            redis.WatchError,
+            OSError,
+        )
         self._target = target
         self._queue = probe.queue_of(target)
         self._client = probe.client_of(target)
@@ -88,7 +94,9 @@ class Drain:
         if self._worker is None:
             self._worker = await self._make()
         worker, pulse = self._worker, self._pulse
-        worker.tasks = {job_id: task for job_id, task in worker.tasks.items() if not task.done()}
+        # None runs now. After an error, arq would raise it again, and would have lost count.
+        worker.tasks.clear()
+        worker.job_counter, worker.sem = 0, asyncio.BoundedSemaphore(worker.max_jobs + 1)
         worker.allow_pick_jobs = True
         main = asyncio.ensure_future(worker.async_run())
         try:
@@ -106,6 +114,7 @@ class Drain:
             worker.on_startup = None  # once is enough
             worker.main_task.cancel()
             await asyncio.wait([main])
+            await asyncio.sleep(0)  # for what is called back when a task is done
         if not main.cancelled():
             main.result()
 
@@ -171,7 +180,8 @@ class Drain:
         """Let the keys of running jobs say who runs them."""
         from redis.asyncio.client import Pipeline
 
-        drain, base = self, type(pool)
+        drain = self
+        base: Any = type(pool)
 
         class Signing(Pipeline):  # type: ignore[misc]  # of a library that is not always there
             def psetex(self, name: Any, time_ms: Any, value: Any) -> Any:
