@@ -304,7 +304,7 @@ def _make(target: str | Sequence[str], drain_name: str | None, pulse: Pulse, opt
 
 
 def _end_with_parent() -> None:
-    """The VM ends with the machine's main process; elsewhere this does, so that no job runs on beside the next machine."""
+    """The VM ends with the machine's main process; elsewhere this does, and no job runs on beside the next machine."""
     os.read(LIFELINE, 1)
     log("drainer.orphaned", parent="gone")
     os.killpg(0, signal.SIGKILL)

@@ -164,7 +164,7 @@ def test_a_ring_around_the_last_look_is_kept(bench, moments_s):
         bench.producer.enqueue("record", f"first-{number}")
         machine = bench.up()
         bench.saw("ran", f"first-{number}")
-        # During the pass, the last reading, the leave, and after it: not a wait for something, the moment that is tried.
+        # During the pass, the last reading, the leave, and after it: no wait for something, the moment that is tried.
         time.sleep(moment_s)
         bench.producer.enqueue("record", f"second-{number}")
         try:

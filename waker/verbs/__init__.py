@@ -1,1 +1,4 @@
-"""The verbs of `waker`, one module each: `arguments(parser)` and `run(args, environ) -> exit code`. Parse, one call, print."""
+"""The verbs of `waker`, one module each: `arguments(parser)` and `run(args, environ) -> exit code`.
+
+Parse, one call, print.
+"""

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 class _Signalled:
-    """A stop that signals set; a second one ends the wake that is under way. An Event has a lock, and a handler must not
-    wait for the code it interrupts."""
+    """A stop that signals set; a second one ends the wake that is under way. An Event has a lock, and a handler must
+    not wait for the code it interrupts."""
 
     def __init__(self, *numbers: signal.Signals) -> None:
         self._reading, writing = os.pipe()
