@@ -46,7 +46,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## measure what must be reached, beside what it is compared with
+bench: $(VENV)/.dev $(VENV)/.bench ## measure what must be reached, beside what it is compared with
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 soak: $(VENV)/.dev ## the race at the end of a drain, thousands of times
@@ -79,7 +79,7 @@ $(VENV)/.made:
 	@$(PIP) install 'hatchling>=1.25'
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.made $(SOURCES)
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made $(SOURCES)
 	@echo "installing the package, for $*"
 	@$(PIP) install --no-build-isolation '.[$*]'
 	@touch $@
