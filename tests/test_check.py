@@ -394,3 +394,13 @@ def test_keys_in_a_text_of_several_lines_are_no_keys(tmp_path):
     write(tmp_path, {"fly.toml": text + FLY.replace("force_https = false", "force_https = true")})
     (finding,) = found_in(tmp_path)
     assert finding.at.endswith(f":{4 + FLY.splitlines().index('force_https = false') + 1}")
+
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path):
+    """`worker check --json | head -c 1`."""
+    (tmp_path / "fly.toml").write_text('app = "x"\n')
+    done = subprocess.run(
+        ["bash", "-c", f"{BIN}/worker check --json | true; exit ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ import threading
 import urllib.request
 
 import pytest
+from harness import BIN
 
 from waker.emulator import Knobs
 
@@ -292,3 +293,14 @@ def test_the_plugin_imports_nothing_until_it_is_used(tmp_path):
         check=False,
     )
     assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_port_that_is_none_is_a_sentence() -> None:
+    """Neither a traceback nor the free one."""
+    for port in ("99999", "-1", "http"):
+        done = subprocess.run(
+            [f"{BIN}/waker", "emulate", "--port", port, "--", "true"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "expected" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """worker: what runs in the image of a queue worker that sleeps while there is no work."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.verb == "check":
         from .check import check
 
-        return check(args, os.environ)
+        try:
+            code = check(args, os.environ)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of our output left (`worker check --json | head`): nothing is wrong with what was checked.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the interpreter ends
+            return 128 + signal.SIGPIPE
+        return code
     try:
         config = from_environ(os.environ, {s.field: v for s in SETTINGS if (v := getattr(args, s.field)) is not None})
     except ConfigError as error:

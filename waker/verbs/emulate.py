@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machines", type=int, default=3, metavar="N", help="how many machines exist (default 3)")
     parser.add_argument("--app", default="my-worker", help="the app's name (default my-worker)")
     parser.add_argument("--region", default="ams", help="region, or several with commas; the first is the proxy's own")
-    parser.add_argument("--api-port", type=int, default=0, help="the Machines API's port (default: a free one)")
+    parser.add_argument("--api-port", type=_port, default=0, help="the Machines API's port (default: a free one)")
     parser.add_argument(
         "--image",
         action="append",
@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what an image runs that a client asks the API for; NAME may be *; repeatable",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=0, help="the proxy's port (default: a free one)")
+    parser.add_argument("--port", type=_port, default=0, help="the proxy's port (default: a free one)")
     parser.add_argument(
         "--soft-limit", type=int, default=1, metavar="N", help="requests in flight per machine (default 1)"
     )
@@ -74,6 +74,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list-knobs", action="store_true", help="print every knob and exit")
     parser.add_argument("--list-faults", action="store_true", help="print every fault and exit")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND…", help="what each machine runs")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a port up to 65535, or 0 for a free one")
+    return int(text)
 
 
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
