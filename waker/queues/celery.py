@@ -38,8 +38,8 @@ ROWS = (
         "worker up myapp.tasks:app (--queues high,low as with celery worker -Q)",
         "nudge_on_enqueue(app)",
         "everything, unless task_acks_late is switched off; at once when the same Machine starts again, elsewhere "
-        "after 30 s (held by a plain Celery worker: visibility_timeout). kombu loses the job that Redis hands over in "
-        "that very moment",
+        "after 30 s (held by a plain Celery worker: visibility_timeout, and it loses the job that Redis hands it in "
+        "that very moment)",
         "ready, running, ETA and countdown, retries, held tasks",
         "task_acks_late=False, task_reject_on_worker_lost, visibility_timeout",
     ),

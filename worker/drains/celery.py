@@ -5,15 +5,15 @@ The pool, its size and everything else are the user's settings. What differs fro
 - it stops when two looks in a row found none waiting, and none here but those with an ETA ahead, which it puts back;
 - signals are the drainer's, and a broker that is down ends the pass, so that the drainer decides how long to try;
 - tasks are acknowledged when they have run (`task_acks_late`), unless the user set that otherwise;
-- on Redis, which machine holds which message is kept beside it, in the same exchange with the broker and renewed while
-  it lives. What a dead machine held is put back after HELD_S instead of the visibility timeout, which is an hour, and
-  what this machine itself held before, at once. What plain Celery workers hold is none of our business.
+- on Redis a message is taken and noted as held, and by which machine, in one step, and that is renewed while it lives.
+  What a dead machine held is put back after HELD_S instead of the visibility timeout, which is an hour, and what this
+  machine itself held before, at once. What plain Celery workers hold is none of our business.
 """
 
+import queue
 import threading
 import time
 import uuid
-from contextlib import contextmanager
 from typing import Any
 
 from ..aside import late
@@ -31,6 +31,25 @@ SOON_S = 0.2
 HELD_S = 30.0
 RENEW_S = 10.0
 SOCKET_TIMEOUT_S = 30.0
+# KEYS: the lists of messages, the index of what is held, what is held, and who holds it. ARGV: now, and who until when.
+# As kombu's QoS.append writes it; kombu does so after BRPOP, and a worker that is killed in between loses the message.
+TAKE = """
+for i = 1, #KEYS - 3 do
+  local message = redis.call('RPOP', KEYS[i])
+  if message then
+    local known, payload = pcall(cjson.decode, message)
+    if known then
+      local tag, info = payload.properties.delivery_tag, payload.properties.delivery_info
+      local whole = '[' .. message .. ',' .. cjson.encode(info.exchange) .. ',' .. cjson.encode(info.routing_key) .. ']'
+      redis.call('ZADD', KEYS[#KEYS - 2], ARGV[1], tag)
+      redis.call('HSET', KEYS[#KEYS - 1], tag, whole)
+      redis.call('HSET', KEYS[#KEYS], tag, ARGV[2])
+    end
+    return {KEYS[i], message}
+  end
+end
+return false
+"""
 
 
 class Drain:
@@ -56,7 +75,6 @@ class Drain:
         self._redis = transport == "redis"
         self._owner = options.machine or uuid.uuid4().hex
         self._recovered = False
-        self._rescued: list[tuple[Any, str, str]] = []
         self._note: Any = None  # on RabbitMQ, what our last pass put back; None before it: then everything counts
         self._stop = threading.Event()
         self._worker: Any = None
@@ -121,9 +139,9 @@ class Drain:
         if (state.reserved_requests | state.active_requests | state.scheduled_requests) - set(later):
             return False
         channel = consumer.connection.default_channel
-        for queue in queues:
+        for name in queues:
             # The worker has declared it; on Redis an empty one is not there, and cannot be asked for by name.
-            if channel._size(queue) if self._redis else channel.queue_declare(queue, passive=True).message_count:
+            if channel._size(name) if self._redis else channel.queue_declare(name, passive=True).message_count:
                 return False
         self._note = probe.Note(len(later), min((request.eta.timestamp() for request in later), default=None))
         return True
@@ -159,35 +177,44 @@ class Drain:
     def _keep_who_holds(self) -> None:
         from kombu.transport import redis as transport
 
-        drain, held_key, lease, rescued = self, probe.HELD_KEY, self._lease, self._rescued
+        held_key, lease, pause_s = probe.HELD_KEY, self._lease, LOOK_S / 2
+        read = transport.Channel._brpop_read
 
         class Held(transport.QoS):  # type: ignore[misc]  # kombu has no types
-            _taking = ""
-
-            @contextmanager
-            def pipe_or_acquire(self, pipe: Any = None, client: Any = None) -> Any:
-                with super().pipe_or_acquire(pipe, client) as asked:
-                    if self._taking:
-                        asked.hset(held_key, self._taking, lease())
-                    yield asked
-
             def append(self, message: Any, delivery_tag: str) -> None:
-                self._taking = delivery_tag
-                try:
+                if self.channel.taking:
+                    super(transport.QoS, self).append(message, delivery_tag)  # Redis has it already
+                else:
                     super().append(message, delivery_tag)
-                except self.channel.connection_errors:
-                    # It is out of its queue and nowhere else: we have the only copy.
-                    info = message.delivery_info
-                    rescued.append((message._raw, info["exchange"], info["routing_key"]))
-                    drain._recovered = False
-                    raise
-                finally:
-                    self._taking = ""
 
             def _remove_from_indices(self, delivery_tag: str, pipe: Any = None) -> Any:
                 return super()._remove_from_indices(delivery_tag, pipe).hdel(held_key, delivery_tag)
 
-        transport.Channel.QoS = Held
+        def take(channel: Any, timeout: Any = None) -> None:
+            """In place of BRPOP, which gives a message away before anybody has noted who has it."""
+            queues = channel._queue_cycle.consume(len(channel.active_queues))
+            if not queues or time.monotonic() < channel.empty_until:
+                return
+            lists = [channel._q_for_pri(queue, step) for step in channel.priority_steps for queue in queues]
+            names = [*lists, channel.unacked_index_key, channel.unacked_key, held_key]
+            keys = [f"{channel.global_keyprefix}{name}" for name in names]
+            channel._in_poll = channel.client.connection
+            channel._brpop_sent_at = time.monotonic()
+            channel.client.connection.send_command("EVAL", TAKE, len(keys), *keys, time.time(), lease())
+
+        def taken(channel: Any, **options: Any) -> Any:
+            channel.taking = True
+            try:
+                return read(channel, **options)
+            except queue.Empty:
+                # It did not wait for one, as BRPOP does: the next look comes with the worker's timer.
+                channel.empty_until = time.monotonic() + pause_s
+                raise
+            finally:
+                channel.taking = False
+
+        kind = transport.Channel
+        kind.QoS, kind._brpop_start, kind._brpop_read, kind.taking, kind.empty_until = Held, take, taken, False, 0.0
 
     def _lease(self) -> str:
         return f"{time.time() + HELD_S:.3f} {self._owner}"
@@ -206,11 +233,6 @@ class Drain:
             connection.connect()
             channel = connection.channel()
             client, named = probe.raw(channel)
-            while self._rescued:
-                with channel.client.pipeline() as put:
-                    channel._do_restore_message(*self._rescued[-1], put)
-                    put.execute()
-                self._rescued.pop()
             now = time.time()
             unacked, gone = set(client.zrange(named(channel.unacked_index_key), 0, -1)), []
             for tag, lease in client.hgetall(named(probe.HELD_KEY)).items():
