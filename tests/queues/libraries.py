@@ -18,6 +18,7 @@ class Library(NamedTuple):
     back_here: bool = False
     retries: bool = True  # it has retries with a delay, and the watch can see when
     sees_delays: bool = True  # a probe sees that a job is for later before any drain has
+    leaves: bool = True  # its worker stops so quickly that it leaves between two bursts of the hand-over
     short: bool = True  # also in the short form
 
 
@@ -33,6 +34,7 @@ LIBRARIES = (
         env={"CONTRACT_POOL": "prefork"},
         back_s=60,
         back_here=True,
+        leaves=False,
         short=False,
     ),
     Library(

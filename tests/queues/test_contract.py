@@ -234,4 +234,5 @@ def test_a_thousand_jobs_handed_over_at_random(bench, fly_platform, size):
     ran = Counter(bench.noted("ran"))
     assert ran == Counter(expected), {"lost": set(expected) - set(ran), "again": [n for n, k in ran.items() if k > 1]}
     assert bench.producer.backlog().ready == 0
-    assert sum(event.type == "machine.started" for event in platform.events) > 2, "the machines left now and then"
+    starts = sum(event.type == "machine.started" for event in platform.events)
+    assert starts > 2 or not bench.library.leaves, "no machine ever left"
