@@ -28,6 +28,14 @@ class Example(NamedTuple):
 
 EXAMPLES = (
     Example(
+        "saq",
+        "saq",
+        "redis",
+        "tasks:settings",
+        {"REDIS_URL": "{url}"},
+        order="import asyncio, tasks; asyncio.run(tasks.order('you'))",
+    ),
+    Example(
         "arq",
         "arq",
         "redis",

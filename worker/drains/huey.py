@@ -73,9 +73,9 @@ class Drain:
 
     def work(self, stop: threading.Event) -> int:
         store = self._store
-        store.recover(self._ours)
         # A new name for each pass: what is held under the last one is held by nobody.
         store.owner = f"{self._ours}{uuid.uuid4().hex}"
+        store.recover(self._ours)
         store.beat()
         store.promote()
         self._error = None
