@@ -136,8 +136,8 @@ def name_of(queue: object, names: Sequence[str] = ()) -> tuple[str, str]:
 
 
 def _classes(queue: object) -> Iterator[type]:
-    """The class and base classes of *queue*; of a dict with settings, those of its "queue"; of a function, those of what
-    it makes, as its annotation says."""
+    """The class and base classes of *queue*; of a dict with settings, those of its "queue"; of a function, those of
+    what it makes, as its annotation says."""
     made: list[object] = [type(queue["queue"] if isinstance(queue, dict) and "queue" in queue else queue)]
     if isinstance(queue, FunctionType) and "return" in queue.__annotations__:
         from typing import get_args, get_type_hints
