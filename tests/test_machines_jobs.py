@@ -421,10 +421,12 @@ def command(processes, platform, *arguments, **env):
     return processes([f"{BIN}/waker", *arguments], env={**platform.environment, **env})
 
 
-def test_waker_run_shows_progress_and_ends_with_the_jobs_code(processes, platform):
-    process = command(
-        processes, platform, "run", "--image", "alpine:3", "--memory", "512mb", "--", "sh", "-c", "exit 7"
-    )
+def test_waker_run_shows_progress_and_ends_with_the_jobs_code(processes, platform, tmp_path):
+    gate = tmp_path / "gate"
+    script = f"while [ ! -e {gate} ]; do sleep 0.02; done; exit 7"
+    process = command(processes, platform, "run", "--image", "alpine:3", "--memory", "512mb", "--", "sh", "-c", script)
+    process.saw(" started")  # a shorter job may have ended before anybody looked
+    gate.touch()
     assert process.wait() == 7, process.text()
     states = [line.split()[2] for line in process.lines if " s  " in line]
     assert states == ["creating", "created", "started", "stopped"]
