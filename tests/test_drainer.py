@@ -6,10 +6,11 @@ import threading
 import pytest
 
 from waker.backlog import Backlog
+from worker.baton import EXIT_JOBS_LEFT
 from worker.config import from_environ
 from worker.door import LEFT, OPEN, SHUT, Door
 from worker.doorway import Left, LineLostError, Rung, Wait
-from worker.drainer import EXIT_JOBS_LEFT, Drainer
+from worker.drainer import Drainer
 from worker.drains import Pulse
 
 CONFIG = from_environ({"WORKER_LINGER_S": "0", "WORKER_BROKER_RETRY_S": "10"})

@@ -14,8 +14,10 @@ from .config import Config
 if TYPE_CHECKING:
     import queue
 
-__all__ = ["EXIT_PASS_IT_ON", "pass_on"]
+__all__ = ["EXIT_JOBS_LEFT", "EXIT_PASS_IT_ON", "pass_on"]
 
+# Jobs may be left, and somebody should try again: sysexits.h calls it EX_TEMPFAIL.
+EXIT_JOBS_LEFT = 75
 # A drainer whose library did not stop in time: everything is put back, only its own end ends the job that still runs,
 # so its parent passes the baton. The machine then ends with 0 if it was taken, and with 75 if not.
 EXIT_PASS_IT_ON = 76

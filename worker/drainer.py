@@ -17,7 +17,7 @@ from waker.errors import LoadError
 from waker.load import load
 
 from . import aside
-from .baton import EXIT_PASS_IT_ON, pass_on
+from .baton import EXIT_JOBS_LEFT, EXIT_PASS_IT_ON, pass_on
 from .config import Config
 from .door import Token
 from .doorway import Left, Line, LineLostError, Wait
@@ -25,10 +25,8 @@ from .drains import NAMES, Backlog, Drain, Options, Pulse, UnknownQueue, command
 from .log import log
 from .sockets import LIFELINE, let_signals_in
 
-__all__ = ["EXIT_JOBS_LEFT", "Drainer", "drain"]
+__all__ = ["Drainer", "drain"]
 
-# Jobs may be left, and somebody should try again: sysexits.h calls it EX_TEMPFAIL.
-EXIT_JOBS_LEFT = 75
 # A crash of the library outside of a job, or of ours: EX_SOFTWARE.
 EXIT_CRASHED = 70
 BROKER_PAUSES_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)

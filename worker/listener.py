@@ -20,6 +20,7 @@ from aiohttp import hdrs, web
 
 from waker import protocol
 
+from .baton import EXIT_JOBS_LEFT
 from .config import Config
 from .door import LEFT, OPEN, SHUT, Door, Token
 from .log import log
@@ -40,8 +41,6 @@ MAX_CONNECTIONS = 2048
 FLUSH_S = 0.5
 # Retry-After of a refusal: the machine is gone, or open again, in about this time.
 RETRY_AFTER_S = "1"
-
-EXIT_DRAINER_LOST = 75
 
 # Nothing below it rings: a typing error in a scraper's path must not keep a machine up.
 _RESERVED = "_worker"
@@ -155,7 +154,7 @@ class Listener:
         asked = _number(request.headers.get(protocol.HOLD), protocol.MAX_HOLD_S)
         if request.headers.get(protocol.EXCEPT) == self.config.machine:
             # We are the one who passes the baton. Held, so that the proxy sees us occupied and tries somebody else.
-            await self._until(self.over, min(asked, self.config.hold_s))
+            await self._until(min(asked, self.config.hold_s), self.over)
             return self._refusal(request, "excepted")
         ring = self.door.ring()
         if ring is None:
@@ -190,11 +189,7 @@ class Listener:
 
     async def _ready(self) -> bool:
         """Wait for the first drainer: user code is imported and somebody will read the queue."""
-        left = self.started_at + self.config.boot_s - time.monotonic()
-        waiters = [asyncio.ensure_future(event.wait()) for event in (self.attached, self.released)]
-        await asyncio.wait(waiters, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
-        for waiter in waiters:
-            waiter.cancel()
+        await self._until(self.started_at + self.config.boot_s - time.monotonic(), self.attached, self.released)
         return self.attached.is_set()
 
     async def _held(self, drainer: Drainer | None, arrived: float, asked_s: float) -> bool:
@@ -202,26 +197,25 @@ class Listener:
         limit = arrived + self.config.hold_s
         if drainer is not None and self.config.hold_s > 0:
             # No report within the hold means that user code does not let the drainer speak: that is busy, too.
-            waiter = asyncio.ensure_future(drainer.reported.wait())
-            stopper = asyncio.ensure_future(self.released.wait())
-            timeout = max(0.0, limit - time.monotonic())
-            await asyncio.wait((waiter, stopper), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            busy = drainer.busy or not (waiter.done() or stopper.done())
-            waiter.cancel()
-            stopper.cancel()
+            await self._until(limit - time.monotonic(), drainer.reported, self.released)
+            busy = drainer.busy or not (drainer.reported.is_set() or self.released.is_set())
         else:
             busy = drainer is not None and drainer.busy
         until = limit if busy else arrived + asked_s
-        await self._until(self.released, until - time.monotonic())
+        await self._until(until - time.monotonic(), self.released)
         return busy
 
     @staticmethod
-    async def _until(event: asyncio.Event, seconds: float) -> None:
-        if seconds > 0 and not event.is_set():
-            try:
-                await asyncio.wait_for(event.wait(), seconds)
-            except TimeoutError:
-                pass
+    async def _until(seconds: float, *events: asyncio.Event) -> None:
+        """Wait for the first of *events*, so many seconds at most."""
+        if seconds <= 0 or any(event.is_set() for event in events):
+            return
+        waiters = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            await asyncio.wait(waiters, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for waiter in waiters:
+                waiter.cancel()
 
     def _refusal(self, request: web.BaseRequest, why: str) -> web.StreamResponse:
         self.refused[why] += 1
@@ -342,7 +336,7 @@ class Listener:
             drainer.send("wait 1 mark")
             return
         self.released.set()
-        await self._until(self.idle, FLUSH_S)
+        await self._until(FLUSH_S, self.idle)
         drainer.left = True
         drainer.send("left")
         self._later(self._kill_unless_gone(drainer))
@@ -383,11 +377,11 @@ class Listener:
             self.shut("the drainer is gone without leaving")
         log("drainer.detached", pid=drainer.pid, left=drainer.left)
         if self.stopping or not self.under_parent:
-            self.exit_code = 0 if drainer.left or self.stopping else EXIT_DRAINER_LOST
+            self.exit_code = 0 if drainer.left or self.stopping else EXIT_JOBS_LEFT
             self._later(self._end())
 
     async def _end(self) -> None:
-        await self._until(self.idle, FLUSH_S)
+        await self._until(FLUSH_S, self.idle)
         self.over.set()
 
     def stop(self) -> None:
@@ -452,14 +446,14 @@ class Listener:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._until(self.idle, FLUSH_S)
+        await self._until(FLUSH_S, self.idle)
 
     async def _leave_without_drainer(self) -> None:
         """In the form without a parent nobody else notices that the drainer never came."""
         await asyncio.sleep(self.config.boot_s)
         if not self.attached.is_set():
             log("listener.left", why=f"'no drainer within {self.config.boot_s:g} s'")
-            self.exit_code = EXIT_DRAINER_LOST
+            self.exit_code = EXIT_JOBS_LEFT
             self.shut("no drainer came")
             self.over.set()
 

@@ -27,7 +27,7 @@ from supervisor.process import Subprocess
 from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.supervisord import Supervisor
 
-from .baton import EXIT_PASS_IT_ON, pass_on
+from .baton import EXIT_JOBS_LEFT, EXIT_PASS_IT_ON, pass_on
 from .config import CHECKED, Config, to_environ
 from .log import log
 from .sockets import LIFELINE, STOP_SIGNALS, Signals, bind_doorway, let_signals_in
@@ -38,7 +38,6 @@ __all__ = ["up"]
 EXIT_NO_LISTENER = 70
 # No drainer could be started: EX_OSERR.
 EXIT_NO_DRAINER = 71
-EXIT_JOBS_LEFT = 75
 # A listener that ends sooner after its start has failed to start; supervisor tries again after 1, then 2 s.
 LISTENER_START_S = 1
 LISTENER_RETRIES = 2
